@@ -1,0 +1,60 @@
+# `make demo` and `make test` work from a fresh clone: they make .venv, reuse a torch that $(PYTHON) already imports or
+# install one, build the package in place and run. Rebuilds are incremental.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar on
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(RUN) -m qwen_sparse.cli demo --output demo-output
+
+# Passive waiting: spinning OpenMP threads slow each other down when the machine is shared.
+test: $(VENV)/.dev
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/.built
+	$(RUN) bench/bench_attention.py
+
+clean:
+	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+
+# What is installed without building: torch first, so that nothing pulls another one.
+$(VENV)/.torch:
+	@echo "== virtual environment and torch"
+	@if $(PYTHON) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null; \
+	then echo "reusing the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); $(PIP) $(TORCH) numpy; fi
+	@touch $@
+
+$(VENV)/.build-requirements: $(VENV)/.torch
+	@echo "== build requirements"
+	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)
+	@echo "== building qwen_sparse (about two minutes the first time)"
+	$(PIP) --no-build-isolation -e ".[plot]" --config-settings=logging.level=INFO
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	@echo "== development tools"
+	$(PIP) --no-build-isolation -e ".[dev,plot]"
+	@touch $@

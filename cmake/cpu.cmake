@@ -1,0 +1,35 @@
+# One object library per CPU instruction set, all from the same sources. The best one is chosen at run time, so a
+# build runs on every CPU of its architecture.
+
+set(cpu_kernel_sources
+  csrc/cpu/isa/attention.cpp
+  csrc/cpu/isa/decode.cpp
+  csrc/cpu/isa/quantize.cpp
+  csrc/cpu/isa/rotary.cpp
+  csrc/cpu/isa/select.cpp)
+
+set(QWEN_SPARSE_CPU_LIBRARIES)
+set(QWEN_SPARSE_CPU_ISAS)
+set(QWEN_SPARSE_CPU_DEFINITIONS)
+
+function(add_cpu_isa isa)
+  add_library(qwen_sparse_cpu_${isa} OBJECT ${cpu_kernel_sources})
+  target_include_directories(qwen_sparse_cpu_${isa} PRIVATE csrc)
+  target_compile_definitions(qwen_sparse_cpu_${isa} PRIVATE QWEN_SPARSE_ISA=${isa} ${QWEN_SPARSE_CPU_DEFINITIONS})
+  target_compile_options(qwen_sparse_cpu_${isa} PRIVATE
+    -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math ${ARGN})
+  set(QWEN_SPARSE_CPU_LIBRARIES ${QWEN_SPARSE_CPU_LIBRARIES} qwen_sparse_cpu_${isa} PARENT_SCOPE)
+  set(QWEN_SPARSE_CPU_ISAS ${QWEN_SPARSE_CPU_ISAS} ${isa} PARENT_SCOPE)
+endfunction()
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(QWEN_SPARSE_CPU_DEFINITIONS QWEN_SPARSE_X86)
+  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+  add_cpu_isa(baseline)
+  add_cpu_isa(avx2 ${avx2})
+  add_cpu_isa(avx512 ${avx512})
+  add_cpu_isa(avx512_bf16 ${avx512} -mavx512bf16)
+else()
+  add_cpu_isa(baseline)
+endif()

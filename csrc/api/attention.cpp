@@ -1,0 +1,95 @@
+// Dense, vertical-slash and dual-chunk prefill attention.
+#include <torch/csrc/stable/ops.h>
+
+#include "api/ops.h"
+#include "cpu/kernels.h"
+
+namespace qwen_sparse::api {
+namespace {
+
+struct Outputs {
+  Tensor out, lse, attended;
+};
+
+Outputs run(AttentionParams& params, const Tensor& q) {
+  const AttentionShape& shape = params.shape;
+  Outputs outputs{empty_like_rows(q, {shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type()),
+                  empty_like_rows(q, {shape.seqlen_q, shape.num_heads}, ScalarType::Float),
+                  torch::stable::new_zeros(q, {shape.num_heads}, ScalarType::Long)};
+  params.out = outputs.out.mutable_data_ptr();
+  params.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
+  params.attended = static_cast<int64_t*>(outputs.attended.mutable_data_ptr());
+  if (params.sparse) {
+    const cpu::HeadIndexes heads(params);
+    cpu::kernels().attention(params, heads.views());
+  } else {
+    cpu::kernels().attention(params, nullptr);
+  }
+  return outputs;
+}
+
+AttentionParams common_params(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor& v,
+                              double softmax_scale) {
+  AttentionParams params;
+  params.shape = check_qkv(op, q_name, q, k, &v);
+  params.dtype = check_float_dtype(op, q_name, q);
+  params.q_intra = rows_of(q);
+  params.k = rows_of(k);
+  params.v = rows_of(v);
+  params.softmax_scale = check_softmax_scale(op, softmax_scale);
+  return params;
+}
+
+void set_indexes(const char* op, AttentionParams& params, const Tensor& vertical, const Tensor& slash) {
+  check_indexes(op, "vertical_indexes", vertical, params.shape.num_heads, params.shape.seqlen_k);
+  check_indexes(op, "slash_indexes", slash, params.shape.num_heads, params.shape.seqlen_k);
+  params.sparse = true;
+  params.vertical_indexes = static_cast<const int32_t*>(vertical.const_data_ptr());
+  params.slash_indexes = static_cast<const int32_t*>(slash.const_data_ptr());
+  params.num_vertical = vertical.size(1);
+  params.num_slash = slash.size(1);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
+                                     bool causal, std::optional<int64_t> window) {
+  AttentionParams params = common_params("attention", "q", q, k, v, softmax_scale);
+  params.causal = causal;
+  params.window = check_window("attention", window);
+  Outputs outputs = run(params, q);
+  return {outputs.out, outputs.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> vertical_slash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const Tensor& vertical_indexes, const Tensor& slash_indexes,
+                                                            double softmax_scale) {
+  constexpr const char* kOp = "vertical_slash_attention";
+  AttentionParams params = common_params(kOp, "q", q, k, v, softmax_scale);
+  set_indexes(kOp, params, vertical_indexes, slash_indexes);
+  Outputs outputs = run(params, q);
+  return {outputs.out, outputs.lse, outputs.attended};
+}
+
+std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, const Tensor& q_succ,
+                                                        const Tensor& q_inter, const Tensor& k, const Tensor& v,
+                                                        int64_t chunk_len, const OptionalTensor& vertical_indexes,
+                                                        const OptionalTensor& slash_indexes, double softmax_scale) {
+  constexpr const char* kOp = "dual_chunk_attention";
+  AttentionParams params = common_params(kOp, "q_intra", q_intra, k, v, softmax_scale);
+  const AttentionShape& shape = params.shape;
+  for (const auto& [name, q] : {std::pair{"q_succ", &q_succ}, std::pair{"q_inter", &q_inter}}) {
+    check_shape(kOp, name, *q,
+                {{"seqlen_q", shape.seqlen_q}, {"num_heads", shape.num_heads}, {"head_dim", shape.head_dim}});
+    check_dtype(kOp, name, *q, q_intra.scalar_type());
+  }
+  params.q_succ = rows_of(q_succ);
+  params.q_inter = rows_of(q_inter);
+  params.chunk_len = check_chunk_len(kOp, chunk_len);
+  check_together(kOp, "vertical_indexes", vertical_indexes.has_value(), "slash_indexes", slash_indexes.has_value());
+  if (vertical_indexes.has_value()) set_indexes(kOp, params, *vertical_indexes, *slash_indexes);
+  Outputs outputs = run(params, q_intra);
+  return {outputs.out, outputs.lse, outputs.attended};
+}
+
+}  // namespace qwen_sparse::api

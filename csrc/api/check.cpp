@@ -1,0 +1,188 @@
+#include "api/check.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+namespace qwen_sparse::api {
+namespace {
+
+std::string expected_shape(std::initializer_list<Dim> dims) {
+  std::ostringstream text;
+  const auto list = [&](auto&& write) {
+    text << "[";
+    const char* separator = "";
+    for (const Dim& dim : dims) {
+      text << separator;
+      write(dim);
+      separator = ", ";
+    }
+    text << "]";
+  };
+  list([&](const Dim& dim) { text << dim.name; });
+  text << " = ";
+  list([&](const Dim& dim) {
+    if (dim.size == Dim::kAny) {
+      text << "*";
+    } else {
+      text << dim.size;
+    }
+  });
+  return text.str();
+}
+
+}  // namespace
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) {
+  bool matches = tensor.dim() == static_cast<int64_t>(dims.size());
+  int64_t i = 0;
+  for (const Dim& dim : dims) {
+    matches = matches && (dim.size == Dim::kAny || tensor.size(i) == dim.size);
+    ++i;
+  }
+  check(matches, op, name, " must have shape ", expected_shape(dims), ", got ", shape_of(tensor));
+  check(tensor.is_cpu(), op, name, " must be on the same device as the other arguments (cpu)");
+  const int64_t last = tensor.dim() - 1;
+  check(tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, op, name,
+        " must be contiguous in its last dimension, got stride ", tensor.stride(last));
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
+  check(tensor.scalar_type() == dtype, op, name, " must have dtype ", name_of(dtype), ", got ",
+        name_of(tensor.scalar_type()));
+}
+
+DType check_float_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, name, " must have dtype float32, bfloat16 or float16, got ", name_of(tensor.scalar_type()));
+  }
+}
+
+void check_head_dim(const char* op, int64_t head_dim) {
+  check(head_dim == 64 || head_dim == 128, op, "head_dim must be 64 or 128, got ", head_dim);
+}
+
+void check_together(const char* op, const char* first_name, bool first, const char* second_name, bool second) {
+  check(first == second, op, first_name, " and ", second_name, " must be given together, got only ",
+        first ? first_name : second_name);
+}
+
+AttentionShape check_qkv(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor* v) {
+  check_shape(op, q_name, q, {{"seqlen_q"}, {"num_heads"}, {"head_dim"}});
+  check_float_dtype(op, q_name, q);
+  AttentionShape shape;
+  shape.seqlen_q = q.size(0);
+  shape.num_heads = q.size(1);
+  shape.head_dim = q.size(2);
+  check_head_dim(op, shape.head_dim);
+  check_shape(op, "k", k, {{"seqlen_k"}, {"num_kv_heads"}, {"head_dim", shape.head_dim}});
+  check_dtype(op, "k", k, q.scalar_type());
+  shape.seqlen_k = k.size(0);
+  shape.num_kv_heads = k.size(1);
+  check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0, op, "num_heads of ",
+        q_name, " must be a positive multiple of num_kv_heads of k, got ", shape.num_heads, " and ",
+        shape.num_kv_heads);
+  check(shape.seqlen_k < INT32_MAX - 1024 && shape.seqlen_q < INT32_MAX - 1024, op,
+        "seqlen_q and seqlen_k must be below 2^31 - 1024, got ", shape.seqlen_q, " and ", shape.seqlen_k);
+  if (v != nullptr) {
+    check_shape(op, "v", *v,
+                {{"seqlen_k", shape.seqlen_k}, {"num_kv_heads", shape.num_kv_heads}, {"head_dim", shape.head_dim}});
+    check_dtype(op, "v", *v, q.scalar_type());
+  }
+  return shape;
+}
+
+int64_t check_chunk_len(const char* op, int64_t chunk_len) {
+  check(chunk_len > 0 && chunk_len % kBlockM == 0, op, "chunk_len must be a positive multiple of ", kBlockM, ", got ",
+        chunk_len);
+  return chunk_len;
+}
+
+int64_t check_window(const char* op, std::optional<int64_t> window) {
+  if (!window.has_value()) return kNoWindow;
+  check(*window > 0, op, "window must be positive or None, got ", *window);
+  return *window < kNoWindow ? *window : kNoWindow;
+}
+
+float check_softmax_scale(const char* op, double softmax_scale) {
+  check(std::isfinite(softmax_scale), op, "softmax_scale must be finite, got ", softmax_scale);
+  return static_cast<float>(softmax_scale);
+}
+
+void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k) {
+  check_shape(op, name, indexes, {{"num_heads", num_heads}, {"size"}});
+  check_dtype(op, name, indexes, ScalarType::Int);
+  check(indexes.is_contiguous(), op, name, " must be contiguous");
+  const auto* data = static_cast<const int32_t*>(indexes.const_data_ptr());
+  const int64_t size = indexes.size(1);
+  for (int64_t head = 0; head < num_heads; ++head) {
+    const int32_t* row = data + head * size;
+    bool padded = false;
+    for (int64_t i = 0; i < size; ++i) {
+      if (row[i] == -1) {
+        padded = true;
+        continue;
+      }
+      check(row[i] >= 0 && row[i] < seqlen_k, op, name, " must lie in [0, seqlen_k = ", seqlen_k,
+            ") or be -1 for padding, got ", row[i], " at [", head, ", ", i, "]");
+      check(!padded && (i == 0 || row[i] > row[i - 1]), op, name, " must be strictly increasing, padding last, got ",
+            row[i], " after ", i == 0 ? -1 : row[i - 1], " at [", head, ", ", i, "]");
+    }
+  }
+}
+
+const double* check_inv_freq(const char* op, const Tensor& inv_freq, int64_t head_dim) {
+  check_shape(op, "inv_freq", inv_freq, {{"head_dim / 2", head_dim / 2}});
+  check_dtype(op, "inv_freq", inv_freq, ScalarType::Double);
+  return static_cast<const double*>(inv_freq.const_data_ptr());
+}
+
+const int64_t* check_positions(const char* op, const Tensor& positions, int64_t num_rows) {
+  check_shape(op, "positions", positions, {{"n", num_rows}});
+  check_dtype(op, "positions", positions, ScalarType::Long);
+  return static_cast<const int64_t*>(positions.const_data_ptr());
+}
+
+Rows rows_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+
+Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace qwen_sparse::api

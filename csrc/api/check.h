@@ -1,0 +1,69 @@
+// Argument checks of the torch-facing layer: each states the op, the argument, the rule and the value.
+//
+// std::invalid_argument reaches Python as ValueError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace qwen_sparse::api {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+template <typename... Parts>
+void check(bool condition, const char* op, const Parts&... parts) {
+  if (!condition) fail(op, parts...);
+}
+
+std::string shape_of(const Tensor& tensor);
+const char* name_of(ScalarType dtype);
+
+// One dimension of an expected shape: its name, and its size unless any is fine.
+struct Dim {
+  static constexpr int64_t kAny = -1;
+  const char* name;
+  int64_t size = kAny;
+};
+
+// Shape, CPU device and a contiguous last dimension.
+void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<Dim> dims);
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype);
+// float32, bfloat16 or float16
+DType check_float_dtype(const char* op, const char* name, const Tensor& tensor);
+void check_head_dim(const char* op, int64_t head_dim);
+// `second` is given iff `first` is.
+void check_together(const char* op, const char* first_name, bool first, const char* second_name, bool second);
+
+// q [seqlen_q, num_heads, head_dim] and k, v [seqlen_k, num_kv_heads, head_dim] of one attention call.
+AttentionShape check_qkv(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor* v);
+int64_t check_chunk_len(const char* op, int64_t chunk_len);
+int64_t check_window(const char* op, std::optional<int64_t> window);
+float check_softmax_scale(const char* op, double softmax_scale);
+// Strictly increasing indexes in [0, seqlen_k), then -1.
+void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k);
+
+// float64 [head_dim / 2] and int64 [num_rows]
+const double* check_inv_freq(const char* op, const Tensor& inv_freq, int64_t head_dim);
+const int64_t* check_positions(const char* op, const Tensor& positions, int64_t num_rows);
+
+Rows rows_of(const Tensor& tensor);
+Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+
+}  // namespace qwen_sparse::api

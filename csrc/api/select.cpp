@@ -1,0 +1,90 @@
+// Selection of vertical and slash indexes: scores by the kernel, then top-k.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "api/ops.h"
+#include "cpu/kernels.h"
+#include "cpu/top_k.h"
+
+namespace qwen_sparse::api {
+namespace {
+
+constexpr const char* kOp = "select_vertical_slash";
+
+Rows last_rows(const Tensor& q, int64_t rows) {
+  Rows result = rows_of(q);
+  const int64_t skipped = q.size(0) - rows;
+  result.data = static_cast<const char*>(result.data) + skipped * result.row_stride * q.element_size();
+  return result;
+}
+
+void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t num_heads) {
+  check(static_cast<int64_t>(sizes.size()) == num_heads, kOp, name, " must hold num_heads = ", num_heads,
+        " sizes, got ", sizes.size());
+  for (const int64_t size : sizes) check(size >= 0, kOp, name, " must not be negative, got ", size);
+}
+
+Tensor top_indexes(const Tensor& like, float* scores, const AttentionShape& shape, const std::vector<int64_t>& sizes,
+                   int64_t num_forced) {
+  const int64_t width = std::min(*std::max_element(sizes.begin(), sizes.end()), shape.seqlen_k);
+  Tensor indexes = empty_like_rows(like, {shape.num_heads, width}, ScalarType::Int);
+  cpu::top_indexes(scores, shape.num_heads, shape.seqlen_k, num_forced, sizes.data(), width,
+                   static_cast<int32_t*>(indexes.mutable_data_ptr()));
+  return indexes;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& k,
+                                                 const std::vector<int64_t>& vertical_size,
+                                                 const std::vector<int64_t>& slash_size, int64_t last_q,
+                                                 double softmax_scale, const OptionalTensor& q_succ,
+                                                 const OptionalTensor& q_inter, std::optional<int64_t> chunk_len) {
+  SelectParams params;
+  params.shape = check_qkv(kOp, "q", q, k, nullptr);
+  AttentionShape& shape = params.shape;
+  check(last_q > 0 && last_q <= kMaxLastQ, kOp, "last_q must lie in [1, ", kMaxLastQ, "], got ", last_q);
+  check(shape.seqlen_q > 0, kOp, "q must have at least one row, got shape ", shape_of(q));
+  shape.seqlen_q = std::min(last_q, shape.seqlen_q);
+  check(shape.seqlen_k >= shape.seqlen_q, kOp, "k must have at least as many rows as vote (", shape.seqlen_q, "), got ",
+        shape.seqlen_k);
+  check_sizes("vertical_size", vertical_size, shape.num_heads);
+  check_sizes("slash_size", slash_size, shape.num_heads);
+  check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
+  check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
+
+  params.dtype = check_float_dtype(kOp, "q", q);
+  params.q_intra = last_rows(q, shape.seqlen_q);
+  params.k = rows_of(k);
+  params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
+  if (chunk_len.has_value()) {
+    params.chunk_len = check_chunk_len(kOp, *chunk_len);
+    for (const auto& [name, rotated] : {std::pair{"q_succ", &*q_succ}, std::pair{"q_inter", &*q_inter}}) {
+      check_shape(kOp, name, *rotated, {{"rows"}, {"num_heads", shape.num_heads}, {"head_dim", shape.head_dim}});
+      check_dtype(kOp, name, *rotated, q.scalar_type());
+      check(rotated->size(0) >= shape.seqlen_q, kOp, name, " must have at least as many rows as vote (", shape.seqlen_q,
+            "), got ", rotated->size(0));
+    }
+    params.q_succ = last_rows(*q_succ, shape.seqlen_q);
+    params.q_inter = last_rows(*q_inter, shape.seqlen_q);
+  }
+
+  const int64_t num_splits = (shape.seqlen_k + kSelectSplit - 1) / kSelectSplit;
+  Tensor vertical = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor slash = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits, kSelectPartials}, ScalarType::Float);
+  params.vertical_scores = static_cast<float*>(vertical.mutable_data_ptr());
+  params.slash_scores = static_cast<float*>(slash.mutable_data_ptr());
+  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  cpu::kernels().select_scores(params);
+
+  for (int64_t head = 0; head < shape.num_heads; ++head) {  // entry u becomes entry seqlen_k - 1 - u: the distance
+    float* scores = params.slash_scores + head * shape.seqlen_k;
+    std::reverse(scores, scores + shape.seqlen_k);
+  }
+  return {top_indexes(q, params.vertical_scores, shape, vertical_size, kNumForcedColumns),
+          top_indexes(q, params.slash_scores, shape, slash_size, kNumForcedDistances)};
+}
+
+}  // namespace qwen_sparse::api

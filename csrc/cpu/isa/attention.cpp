@@ -1,0 +1,258 @@
+// Prefill attention: dense, vertical-slash and dual-chunk, in one pass with one online softmax.
+//
+// A task is a block of 64 rows (aligned to 64 absolute positions) of one head, or, when all heads of a kv group see
+// the same keys (dense), of several heads of the group, so that they share the packed tiles. Under dual-chunk
+// attention a block lies in one chunk (chunk_len is a multiple of 64); its keys are visited stage by stage, inter,
+// succ, intra, with the query rotation swapped at the border. Scratch is O(tile): the packed tiles, scores, staged
+// queries and outputs of a block.
+#include "cpu/head_index.h"
+#include "cpu/isa/tile.h"
+#include "cpu/parallel.h"
+
+namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
+namespace {
+
+constexpr int64_t kMaxHeadsPerTask = 8;  // bounds the scratch of a task: 8 heads x 64 rows x (Q + O) = 512 KiB at 128
+
+// Walks the keys in [lo, hi) that a block attends, up to kBlockN at a time: slash runs first, then the vertical
+// columns that no run covers. Without an index: every key.
+class KeyTiles {
+ public:
+  KeyTiles(const HeadIndexView* index, int64_t block_start, int64_t lo, int64_t hi)
+      : index_(index), block_start_(block_start), lo_(lo), hi_(hi), next_key_(lo) {
+    if (index != nullptr) column_ = first_column_from(lo);
+  }
+
+  // Writes the next keys' positions and returns how many; 0 at the end.
+  int64_t next(int32_t* positions) {
+    int64_t count = 0;
+    while (count < kBlockN && run_ < num_runs()) {
+      int64_t begin = lo_, end = hi_;
+      if (index_ != nullptr) {
+        begin = max(lo_, block_start_ - index_->runs[run_].hi);
+        end = min(hi_, block_start_ - index_->runs[run_].lo + kBlockM);
+      }
+      begin = max(begin, next_key_);
+      const int64_t taken = max<int64_t>(0, min(end - begin, kBlockN - count));
+      for (int64_t i = 0; i < taken; ++i) positions[count + i] = static_cast<int32_t>(begin + i);
+      count += taken;
+      next_key_ = max(next_key_, begin + taken);
+      if (begin + taken >= end) ++run_;
+    }
+    if (index_ == nullptr) return count;
+    for (; count < kBlockN && column_ < index_->num_columns && index_->columns[column_] < hi_; ++column_) {
+      const int32_t column = index_->columns[column_];
+      if (!is_covered(column)) positions[count++] = column;
+    }
+    return count;
+  }
+
+ private:
+  int64_t num_runs() const { return index_ == nullptr ? 1 : index_->num_runs; }
+
+  bool is_covered(int64_t column) const {
+    const int64_t bit = block_start_ + kBlockM - 1 - column;
+    return (index_->covered[bit / 64] >> (bit % 64)) & 1;
+  }
+
+  int64_t first_column_from(int64_t lo) const {
+    int64_t begin = 0, end = index_->num_columns;
+    while (begin < end) {
+      const int64_t middle = (begin + end) / 2;
+      if (index_->columns[middle] < lo) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+
+  const HeadIndexView* index_;
+  int64_t block_start_, lo_, hi_;
+  int64_t run_ = 0, next_key_, column_ = 0;
+};
+
+template <typename T, int kHeadDim>
+class PrefillAttention {
+  using Dot = typename DotFor<T>::type;
+  using Elem = typename Dot::Elem;
+
+ public:
+  PrefillAttention(const AttentionParams& params, const HeadIndexView* heads)
+      : p_(params),
+        heads_(heads),
+        past_(params.shape.seqlen_k - params.shape.seqlen_q),
+        group_size_(params.shape.num_heads / params.shape.num_kv_heads),
+        heads_per_task_(heads == nullptr ? min(group_size_, kMaxHeadsPerTask) : 1),
+        tasks_per_group_(ceil_div(group_size_, heads_per_task_)),
+        first_block_(floor_div(past_, kBlockM)),
+        num_blocks_(params.shape.seqlen_q == 0 ? 0 : floor_div(params.shape.seqlen_k - 1, kBlockM) - first_block_ + 1) {
+  }
+
+  int64_t num_tasks() const { return num_blocks_ * p_.shape.num_kv_heads * tasks_per_group_; }
+
+  int64_t scratch_bytes() const {
+    Arena arena(nullptr);
+    Scratch scratch(arena, heads_per_task_);
+    return arena.used();
+  }
+
+  // Blocks in descending order: under a causal mask the longest come first.
+  void run_task(int64_t task, std::byte* memory) const {
+    const int64_t tasks_per_block = p_.shape.num_kv_heads * tasks_per_group_;
+    const int64_t block = first_block_ + num_blocks_ - 1 - task / tasks_per_block;
+    const int64_t kv_head = task % tasks_per_block / tasks_per_group_;
+    const int64_t first_in_group = task % tasks_per_group_ * heads_per_task_;
+    const int64_t first_head = kv_head * group_size_ + first_in_group;
+    const int64_t num_heads = min(heads_per_task_, group_size_ - first_in_group);
+
+    Arena arena(memory);
+    Scratch scratch(arena, heads_per_task_);
+    const int64_t begin = max(block * kBlockM, past_);
+    const int64_t end = min((block + 1) * kBlockM, p_.shape.seqlen_k);
+    run_block({block * kBlockM, begin, end, first_head, num_heads, kv_head}, scratch);
+  }
+
+ private:
+  struct Block {
+    int64_t start;       // 64 * (position / 64)
+    int64_t begin, end;  // positions of its rows in this call
+    int64_t first_head, num_heads, kv_head;
+    int64_t rows() const { return end - begin; }
+  };
+
+  struct Scratch {
+    Scratch(Arena& arena, int64_t num_heads)
+        : q(arena.take<Elem>(num_heads * kBlockM * kHeadDim / Dot::kPair)),
+          packed_k(arena.take<Elem>(kBlockN * kHeadDim / Dot::kPair)),
+          packed_v(arena.take<Elem>(kBlockN * kHeadDim / Dot::kPair)),
+          s(arena.take<float>(kBlockM * kBlockN)),
+          m(arena.take<float>(num_heads * kBlockM)),
+          l(arena.take<float>(num_heads * kBlockM)),
+          o(arena.take<float>(num_heads * kBlockM * kHeadDim)),
+          limits(arena.take<RowLimits>(kBlockM)),
+          positions(arena.take<int32_t>(kBlockN)) {}
+
+    Elem* q_of(int64_t head) const { return q + head * kBlockM * kHeadDim / Dot::kPair; }
+    SoftmaxState state_of(int64_t head) const {
+      return {m + head * kBlockM, l + head * kBlockM, o + head * kBlockM * kHeadDim};
+    }
+
+    Elem *q, *packed_k, *packed_v;
+    float *s, *m, *l, *o;
+    RowLimits* limits;
+    int32_t* positions;
+  };
+
+  void run_block(const Block& block, const Scratch& scratch) const {
+    for (int64_t h = 0; h < block.num_heads; ++h) reset(scratch.state_of(h), block.rows(), kHeadDim);
+    for (int64_t r = 0; r < block.rows(); ++r) {
+      const int64_t position = block.begin + r;
+      scratch.limits[r] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
+                           static_cast<int32_t>(p_.causal ? position : p_.shape.seqlen_k - 1)};
+    }
+    const int64_t lo = max<int64_t>(0, block.begin - p_.window + 1);
+    const int64_t hi = p_.causal ? max<int64_t>(0, block.end) : p_.shape.seqlen_k;
+    int64_t attended = 0;
+    if (p_.chunk_len == 0) {
+      attended += run_stage(block, p_.q_intra, lo, hi, scratch);
+    } else {
+      const int64_t chunk_start = floor_div(block.start, p_.chunk_len) * p_.chunk_len;
+      attended += run_stage(block, p_.q_inter, lo, chunk_start - p_.chunk_len, scratch);
+      attended += run_stage(block, p_.q_succ, max(lo, chunk_start - p_.chunk_len), chunk_start, scratch);
+      attended += run_stage(block, p_.q_intra, max(lo, chunk_start), hi, scratch);
+    }
+    if (p_.attended != nullptr) {
+      for (int64_t h = 0; h < block.num_heads; ++h) {
+        __atomic_fetch_add(p_.attended + block.first_head + h, attended, __ATOMIC_RELAXED);
+      }
+    }
+    for (int64_t h = 0; h < block.num_heads; ++h) write_head(block, block.first_head + h, scratch.state_of(h));
+  }
+
+  // Attends the block's keys in [lo, hi) with one query rotation; returns the number of attended (row, key) pairs.
+  int64_t run_stage(const Block& block, const Rows& q, int64_t lo, int64_t hi, const Scratch& scratch) const {
+    if (lo >= hi) return 0;
+    KeyTiles tiles(heads_ == nullptr ? nullptr : heads_ + block.first_head, block.start, lo, hi);
+    bool staged = false;
+    int64_t attended = 0;
+    while (const int64_t count = tiles.next(scratch.positions)) {
+      if (!staged) stage_queries(block, q, scratch);
+      staged = true;
+      for (int64_t i = count; i < round_up_to_lanes(count); ++i) scratch.positions[i] = INT32_MAX;
+      const auto row_in = [&](const Rows& rows) {
+        const T* head = static_cast<const T*>(rows.data) + block.kv_head * rows.head_stride;
+        return [=](int64_t i) { return head + scratch.positions[i] * rows.row_stride; };
+      };
+      pack_k<Dot>(count, kHeadDim, row_in(p_.k), scratch.packed_k);
+      pack_v<Dot>(count, kHeadDim, row_in(p_.v), scratch.packed_v);
+      const RowLimits* limits = needs_mask(block, scratch, count) ? scratch.limits : nullptr;
+      for (int64_t h = 0; h < block.num_heads; ++h) {
+        score_tile<Dot>(block.rows(), count, kHeadDim, scratch.q_of(h), scratch.packed_k, scratch.s);
+        attend_scores<Dot>(block.rows(), count, kHeadDim, scratch.s, scratch.packed_v, p_.softmax_scale * kLog2E,
+                           limits, scratch.positions, scratch.state_of(h));
+      }
+      if (p_.attended != nullptr) attended += count_pairs(block, scratch, count);
+    }
+    return attended;
+  }
+
+  void stage_queries(const Block& block, const Rows& q, const Scratch& scratch) const {
+    for (int64_t h = 0; h < block.num_heads; ++h) {
+      const T* head = static_cast<const T*>(q.data) + (block.first_head + h) * q.head_stride;
+      for (int64_t r = 0; r < block.rows(); ++r) {
+        stage_query_row<Dot>(head + (block.begin - past_ + r) * q.row_stride, kHeadDim,
+                             scratch.q_of(h) + r * kHeadDim / Dot::kPair);
+      }
+    }
+  }
+
+  bool needs_mask(const Block& block, const Scratch& scratch, int64_t count) const {
+    if (count % kLanes != 0) return true;
+    int32_t lowest = INT32_MAX, highest = INT32_MIN;
+    for (int64_t i = 0; i < count; ++i) lowest = min(lowest, scratch.positions[i]);
+    for (int64_t i = 0; i < count; ++i) highest = max(highest, scratch.positions[i]);
+    return highest > scratch.limits[0].upper || lowest <= scratch.limits[block.rows() - 1].lower;
+  }
+
+  int64_t count_pairs(const Block& block, const Scratch& scratch, int64_t count) const {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < count; ++i) pairs += block.end - max<int64_t>(block.begin, scratch.positions[i]);
+    return pairs;
+  }
+
+  void write_head(const Block& block, int64_t head, const SoftmaxState& state) const {
+    for (int64_t r = 0; r < block.rows(); ++r) {
+      const int64_t index = (block.begin - past_ + r) * p_.shape.num_heads + head;
+      write_row(state.o + r * kHeadDim, state.l[r], kHeadDim, static_cast<T*>(p_.out) + index * kHeadDim);
+      p_.lse[index] = natural_lse(state.m[r], state.l[r]);
+    }
+  }
+
+  const AttentionParams& p_;
+  const HeadIndexView* heads_;  // null: dense
+  int64_t past_, group_size_, heads_per_task_, tasks_per_group_, first_block_, num_blocks_;
+};
+
+template <typename T, int kHeadDim>
+void run(const AttentionParams& params, const HeadIndexView* heads) {
+  const PrefillAttention<T, kHeadDim> kernel(params, heads);
+  const auto body = [&](int64_t task, std::byte* scratch) { kernel.run_task(task, scratch); };
+  parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(), body);
+}
+
+}  // namespace
+
+void attention(const AttentionParams& params, const HeadIndexView* heads) {
+  dispatch_float(params.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (params.shape.head_dim == 64) {
+      run<T, 64>(params, heads);
+    } else {
+      run<T, 128>(params, heads);
+    }
+  });
+}
+
+}  // namespace qwen_sparse::cpu::QWEN_SPARSE_ISA

@@ -1,0 +1,91 @@
+#include "cpu/kernels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace qwen_sparse::cpu {
+
+#define QWEN_SPARSE_DECLARE_ISA(isa)                                                                                \
+  namespace isa {                                                                                                   \
+  void attention(const AttentionParams&, const HeadIndexView*);                                                     \
+  void select_scores(const SelectParams&);                                                                          \
+  void rotary(const RotaryParams&);                                                                                 \
+  void quantize_kv(const QuantizeParams&);                                                                          \
+  void dequantize_kv(const QuantizeParams&);                                                                        \
+  void decode_attention(const DecodeParams&);                                                                       \
+  constexpr Kernels kKernels{#isa, attention, select_scores, rotary, quantize_kv, dequantize_kv, decode_attention}; \
+  }
+
+QWEN_SPARSE_DECLARE_ISA(baseline)
+#ifdef QWEN_SPARSE_X86
+QWEN_SPARSE_DECLARE_ISA(avx2)
+QWEN_SPARSE_DECLARE_ISA(avx512)
+QWEN_SPARSE_DECLARE_ISA(avx512_bf16)
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = [] {
+    std::vector<Candidate> result{{&baseline::kKernels, true}};
+#ifdef QWEN_SPARSE_X86
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    result.push_back({&avx2::kKernels, has_avx2});
+    result.push_back({&avx512::kKernels, has_avx512});
+    result.push_back({&avx512_bf16::kKernels, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
+    return result;
+  }();
+  return all;
+}
+
+const Kernels& choose(const std::string& isa, const char* source) {
+  if (isa.empty()) {
+    const Kernels* best = nullptr;
+    for (const Candidate& candidate : candidates()) {
+      if (candidate.supported) best = candidate.kernels;
+    }
+    return *best;
+  }
+  std::string usable;
+  for (const Candidate& candidate : candidates()) {
+    if (!candidate.supported) continue;
+    if (isa == candidate.kernels->isa) return *candidate.kernels;
+    usable += (usable.empty() ? "" : ", ") + std::string(candidate.kernels->isa);
+  }
+  throw std::invalid_argument(std::string(source) + " must name an instruction set that this build holds and this " +
+                              "CPU runs (" + usable + "), got '" + isa + "'");
+}
+
+std::atomic<const Kernels*> current{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (const Kernels* chosen = current.load(std::memory_order_acquire)) return *chosen;
+  const char* variable = std::getenv("QWEN_SPARSE_CPU_ISA");
+  const Kernels& chosen = choose(variable == nullptr ? "" : variable, "QWEN_SPARSE_CPU_ISA");
+  current.store(&chosen, std::memory_order_release);
+  return chosen;
+}
+
+void set_isa(const std::string& isa) { current.store(&choose(isa, "isa"), std::memory_order_release); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.supported) names.emplace_back(candidate.kernels->isa);
+  }
+  return names;
+}
+
+}  // namespace qwen_sparse::cpu

@@ -1,0 +1,32 @@
+// The kernels that exist once per CPU instruction set, and the choice among them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/head_index.h"
+#include "params.h"
+
+namespace qwen_sparse::cpu {
+
+struct Kernels {
+  const char* isa;
+  void (*attention)(const AttentionParams&, const HeadIndexView* heads);  // heads: null when dense
+  void (*select_scores)(const SelectParams&);
+  void (*rotary)(const RotaryParams&);
+  void (*quantize_kv)(const QuantizeParams&);
+  void (*dequantize_kv)(const QuantizeParams&);
+  void (*decode_attention)(const DecodeParams&);
+};
+
+// The fastest set that this CPU runs, or the one that QWEN_SPARSE_CPU_ISA names. Throws std::invalid_argument when
+// that is unknown, not built, or not supported by the CPU.
+const Kernels& kernels();
+
+// Replaces the choice (tests); the empty string restores the default.
+void set_isa(const std::string& isa);
+
+// Names of the sets in this build that this CPU runs, slowest first.
+std::vector<std::string> supported_isas();
+
+}  // namespace qwen_sparse::cpu

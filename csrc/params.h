@@ -1,0 +1,160 @@
+// Plain parameter structs that cross from the torch-facing layer (api/) to the kernels (cpu/, cuda/).
+// No torch here. Strides count elements; the last dimension is always contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace qwen_sparse {
+
+constexpr int64_t kBlockM = 64;  // rows of a vertical-slash block: part of the definition, not a tuning knob
+constexpr int64_t kNumForcedColumns = 30;
+constexpr int64_t kNumForcedDistances = 100;
+constexpr int64_t kMaxLastQ = 64;                   // voting rows of the selection
+constexpr int64_t kSelectSplit = 4096;              // keys per task of the selection
+constexpr int64_t kSelectPartials = 3 * kMaxLastQ;  // floats of workspace per task
+constexpr int64_t kDecodeSplit = 2048;              // keys per task of decode
+constexpr int64_t kMaxDecodeRows = 64;              // (row, head) pairs of one kv head that a decode task takes
+constexpr int64_t kBiasTable = 128;                 // key positions of a decode tile
+constexpr int64_t kNoWindow = INT64_MAX / 4;
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+// [rows, heads, head_dim], strided
+struct Rows {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+struct AttentionShape {
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+};
+
+// Prefill attention: dense, vertical-slash, dual-chunk, in any combination.
+struct AttentionParams {
+  AttentionShape shape;
+  DType dtype = DType::kFloat32;
+  Rows q_intra;                               // [seqlen_q, num_heads, head_dim]
+  Rows q_succ, q_inter;                       // like q_intra; read only when chunk_len > 0
+  Rows k, v;                                  // [seqlen_k, num_kv_heads, head_dim]
+  void* out = nullptr;                        // [seqlen_q, num_heads, head_dim], contiguous, dtype
+  float* lse = nullptr;                       // [seqlen_q, num_heads], contiguous
+  int64_t* attended = nullptr;                // [num_heads]: attended (row, key) pairs; null: not counted
+  const int32_t* vertical_indexes = nullptr;  // [num_heads, num_vertical], ascending, -1 padded
+  const int32_t* slash_indexes = nullptr;     // [num_heads, num_slash], ascending, -1 padded
+  int64_t num_vertical = 0;
+  int64_t num_slash = 0;
+  bool sparse = false;  // false: every causal key, the indexes are not read
+  bool causal = true;
+  int64_t window = kNoWindow;  // row p attends j > p - window
+  int64_t chunk_len = 0;       // 0: no dual-chunk attention
+  float softmax_scale = 1.0f;
+};
+
+// Scores of columns and distances from the last rows; top-k follows on the host side.
+struct SelectParams {
+  AttentionShape shape;  // seqlen_q is the number of voting rows, <= kMaxLastQ
+  DType dtype = DType::kFloat32;
+  Rows q_intra, q_succ, q_inter;     // [seqlen_q, num_heads, head_dim]
+  Rows k;                            // [seqlen_k, num_kv_heads, head_dim]
+  float* vertical_scores = nullptr;  // [num_heads, seqlen_k]
+  float* slash_scores = nullptr;     // [num_heads, seqlen_k], zeroed; entry u is distance seqlen_k - 1 - u
+  float* workspace = nullptr;        // [num_heads, ceil(seqlen_k / kSelectSplit), kSelectPartials]
+  int64_t chunk_len = 0;
+  float softmax_scale = 1.0f;
+};
+
+struct RotaryParams {
+  DType dtype = DType::kFloat32;
+  int64_t num_rows = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  Rows q, k;
+  const int64_t* positions = nullptr;  // [num_rows]
+  const double* inv_freq = nullptr;    // [head_dim / 2]
+  double attention_factor = 1.0;
+  void* q_out = nullptr;  // [num_rows, num_heads, head_dim]; q_intra under DCA
+  void* k_out = nullptr;  // [num_rows, num_kv_heads, head_dim]
+  int64_t chunk_len = 0;  // 0: no dual-chunk attention, the rest is not read
+  int64_t chunk_size = 0;
+  int64_t critical_rows = 0;  // <= num_rows
+  void* q_succ_out = nullptr;
+  void* q_inter_out = nullptr;
+  void* q_succ_critical_out = nullptr;  // [critical_rows, num_heads, head_dim]
+  void* q_inter_critical_out = nullptr;
+};
+
+// The key bias rotated to each key's position; data == nullptr: no bias.
+struct RotatedBias {
+  const float* data = nullptr;         // [num_kv_heads, head_dim], unrotated
+  const int64_t* positions = nullptr;  // [num_rows]; unused by decode, which knows them
+  const double* inv_freq = nullptr;    // [head_dim / 2]
+  double attention_factor = 1.0;
+};
+
+struct QuantizeParams {
+  DType dtype = DType::kFloat32;
+  int64_t num_rows = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  Rows k, v;              // quantize: dtype; dequantize: int8
+  Rows k_scale, v_scale;  // dequantize: float32 [num_rows, num_kv_heads]
+  RotatedBias bias;
+  void* k_out = nullptr;  // quantize: int8; dequantize: dtype; [num_rows, num_kv_heads, head_dim]
+  void* v_out = nullptr;
+  float* k_scale_out = nullptr;  // quantize: [num_rows, num_kv_heads]
+  float* v_scale_out = nullptr;
+};
+
+// [num_pages, page_size, num_kv_heads, head_dim] (or without head_dim for scales), strided
+struct Pages {
+  const void* data = nullptr;
+  int64_t page_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+struct DecodeParams {
+  int64_t batch = 0;
+  AttentionShape shape;                 // seqlen_q rows per sequence; seqlen_k is the longest sequence
+  DType dtype = DType::kFloat32;        // of q and out
+  DType cache_dtype = DType::kFloat32;  // dtype, or int8
+  Rows q_intra, q_succ, q_inter;        // [batch * seqlen_q, num_heads, head_dim]
+  Pages k, v, k_scale, v_scale;
+  const int32_t* block_table = nullptr;  // [batch, max_pages]
+  int64_t block_table_stride = 0;
+  const int32_t* seqlens_k = nullptr;  // [batch]
+  int64_t page_size = 0;
+  RotatedBias bias;
+  int64_t chunk_len = 0;
+  int64_t window = kNoWindow;
+  float softmax_scale = 1.0f;
+  void* out = nullptr;         // [batch, seqlen_q, num_heads, head_dim]
+  float* lse = nullptr;        // [batch, seqlen_q, num_heads]
+  float* workspace = nullptr;  // [DecodePlan(params).workspace_size()]
+};
+
+// How decode divides its work; shared by the kernel and by whoever allocates its workspace.
+struct DecodePlan {
+  int64_t group_size, rows_per_task, row_blocks, num_splits, num_tasks;
+  int64_t floats_per_task;  // m, l, o of each (row, head) pair
+  int64_t bias_table_size;  // floats, 0 without a bias
+
+  explicit DecodePlan(const DecodeParams& p)
+      : group_size(p.shape.num_heads / p.shape.num_kv_heads),
+        rows_per_task(p.shape.seqlen_q < kMaxDecodeRows / group_size ? p.shape.seqlen_q : kMaxDecodeRows / group_size),
+        row_blocks((p.shape.seqlen_q + rows_per_task - 1) / rows_per_task),
+        num_splits((p.shape.seqlen_k + kDecodeSplit - 1) / kDecodeSplit),
+        num_tasks(p.batch * p.shape.num_kv_heads * row_blocks * num_splits),
+        floats_per_task(rows_per_task * group_size * (p.shape.head_dim + 2)),
+        bias_table_size(p.bias.data == nullptr ? 0 : p.shape.num_kv_heads * p.shape.head_dim * kBiasTable) {}
+
+  int64_t workspace_size() const { return bias_table_size + num_tasks * floats_per_task; }
+};
+
+}  // namespace qwen_sparse

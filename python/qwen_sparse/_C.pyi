@@ -1,0 +1,16 @@
+"""The compiled extension: importing it registers ``torch.ops.qwen_sparse``."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """Version, compiler, build type, torch, CPU instruction sets, CUDA and CUTLASS versions of this build."""
+
+def cpu_features() -> dict[str, Any]:
+    """``isa``: the instruction set whose kernels run; ``supported``: those this CPU could run, slowest first."""
+
+def set_cpu_isa(isa: str) -> None:
+    """Choose the kernels for one instruction set; the empty string restores the default. For tests.
+
+    Raises:
+        ValueError: unknown, not in this build, or not supported by this CPU.
+    """
