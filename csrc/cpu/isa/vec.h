@@ -63,7 +63,7 @@ QWEN_SPARSE_INLINE Vec load_as(const T* p) {
   memcpy(&v, p, sizeof(v));
   return v;
 }
-QWEN_SPARSE_INLINE VecF splat(float x) { return VecF{} + x; }
+QWEN_SPARSE_INLINE VecF splat(float x) { return x - VecF{}; }  // x - 0 is x: folds to a broadcast
 
 QWEN_SPARSE_INLINE VecF load(const float* p) { return load_as<VecF>(p); }
 QWEN_SPARSE_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }

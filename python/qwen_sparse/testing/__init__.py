@@ -2,5 +2,14 @@
 
 from .compare import assert_close_to_reference, reference_error
 from .inputs import random_indexes, random_qkv
+from .timing import Timing, interleaved, machine
 
-__all__ = ["assert_close_to_reference", "random_indexes", "random_qkv", "reference_error"]
+__all__ = [
+    "Timing",
+    "assert_close_to_reference",
+    "interleaved",
+    "machine",
+    "random_indexes",
+    "random_qkv",
+    "reference_error",
+]

@@ -1,0 +1,222 @@
+"""``qwen-sparse demo``: a tiny model finds a passkey in a prompt 128 times longer than any it was trained on.
+
+The model ships with the package (``assets/passkey``, trained on 512 bytes by ``examples/train_passkey.py``). The demo
+runs the same weights with plain RoPE, with Dual Chunk Attention, and with Dual Chunk Attention plus vertical-slash
+sparse attention, then draws retrieval accuracy over depth and length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import _C
+from .generate import generate
+from .loader import load_model
+from .memory import format_bytes
+from .models.qwen2 import Qwen2Model
+from .passkey import PasskeyPrompt, make_prompt
+from .prefill import prefill
+
+__all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run", "with_mode"]
+
+MODES = {
+    "rope": "plain RoPE",
+    "dca": "DCA",
+    "dca_sparse": "DCA + vertical-slash",
+}
+"""The ways to run the model, and how tables name them."""
+
+TRAINED_LENGTH = 512
+LONGEST = 128
+GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32), "dca_sparse": (1, 2, 4, 8, 16, 32, 64)}
+"""Prompt lengths of the heat maps, in trained lengths: as many as fit a demo (bench/bench_passkey.py runs them all)."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """One prompt's outcome."""
+
+    mode: str
+    length: int
+    """Prompt bytes (= tokens)."""
+    depth: float
+    key: str
+    answer: str
+    """What the model wrote, up to the key's length; unprintable bytes as U+FFFD."""
+    ttft: float
+    """Seconds from prompt to the first token."""
+    density: float
+    """Attended over causal (row, key) pairs of the prefill."""
+    kv_bytes: int
+    peak_memory: int
+    """Bytes resident in the process at the prefill's peak."""
+
+    @property
+    def correct(self) -> bool:
+        """Exact match."""
+        return self.answer == self.key
+
+
+def load_passkey_model(dtype: str = "float32") -> Qwen2Model:
+    """The model that ships with the package."""
+    return load_model(str(files("qwen_sparse") / "assets" / "passkey"), dtype=dtype)
+
+
+def with_mode(model: Qwen2Model, mode: str) -> Qwen2Model:
+    """The same weights, run as one of :data:`MODES` says."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "rope":
+        return model.with_options(attention="dense", config=replace(model.config, dual_chunk=None))
+    return model.with_options(attention="sparse" if mode == "dca_sparse" else "dense")
+
+
+def retrieve(model: Qwen2Model, mode: str, prompt: PasskeyPrompt, *, progress: bool = False) -> Retrieval:
+    """Ask for the key of one prompt, greedily."""
+    runner = with_mode(model, mode)
+    tokens = runner.tokenizer.encode(prompt.text)
+    begin = time.perf_counter()
+    result = prefill(runner, tokens, progress=progress)
+    first = int(result.logits.argmax())
+    ttft = time.perf_counter() - begin
+    rest = generate(runner, [first], cache=result.cache, max_new_tokens=len(prompt.key) - 1, temperature=0.0)
+    answer = runner.tokenizer.decode([first, *rest])
+    return Retrieval(
+        mode=mode,
+        length=len(tokens),
+        depth=prompt.depth,
+        key=prompt.key,
+        answer=answer,
+        ttft=ttft,
+        density=result.stats.density,
+        kv_bytes=result.cache.nbytes,
+        peak_memory=result.stats.peak_memory,
+    )
+
+
+def accuracy_grid(
+    model: Qwen2Model, mode: str, lengths: Sequence[int], depths: Sequence[float], samples: int, *, seed: int = 0
+) -> list[Retrieval]:
+    """``samples`` prompts for every length (in trained lengths) and depth, with a progress bar."""
+    results = []
+    cells = [(length, depth, sample) for length in lengths for depth in depths for sample in range(samples)]
+    with tqdm(total=sum(length for length, _, _ in cells), desc=MODES[mode], unit="x", file=sys.stderr) as bar:
+        for length, depth, sample in cells:
+            prompt = make_prompt(length * TRAINED_LENGTH, depth, seed=seed + sample)
+            results.append(retrieve(model, mode, prompt))
+            bar.update(length)
+    return results
+
+
+def accuracy(results: Sequence[Retrieval]) -> float:
+    """Share of exact matches."""
+    return sum(result.correct for result in results) / len(results)
+
+
+def plot_grids(grids: dict[str, list[Retrieval]], path: Path) -> None:
+    """Heat maps of accuracy, depth against length, one per mode.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.6), squeeze=False, layout="constrained")
+    for axis, (mode, results) in zip(axes[0], grids.items(), strict=True):
+        lengths, depths = (sorted({getattr(r, name) for r in results}) for name in ("length", "depth"))
+        cells = [[[r for r in results if (r.length, r.depth) == (n, d)] for n in lengths] for d in depths]
+        values = [[accuracy(cell) for cell in row] for row in cells]
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(lengths)), [f"{n // TRAINED_LENGTH}×" for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        axis.set_title(f"{MODES[mode]}: {accuracy(results):.1%}")
+        axis.set_xlabel(f"prompt length / trained length ({TRAINED_LENGTH} bytes)")
+    axes[0][0].set_ylabel("depth of the passkey")
+    figure.colorbar(image, ax=axes[0].tolist(), label="retrieved")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``qwen-sparse demo``."""
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for heat map and JSON")
+    parser.add_argument("--length", type=int, default=LONGEST, help="long prompt, in trained lengths (default 128)")
+    parser.add_argument("--samples", type=int, default=1, help="prompts per cell of the heat map (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of keys and filler")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and activations"
+    )
+    parser.add_argument("--no-grid", action="store_true", help="leave out the heat map")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; returns the exit status, 1 when a Dual Chunk Attention run missed the long passkey."""
+    if args.length < 1 or args.samples < 1:
+        raise ValueError(f"--length and --samples must be >= 1, got {args.length} and {args.samples}")
+    begin = time.perf_counter()
+    model = load_passkey_model(args.dtype)
+    args.output.mkdir(parents=True, exist_ok=True)
+    prompt = make_prompt(args.length * TRAINED_LENGTH, 0.4, seed=args.seed)
+    print(
+        f"A {sum(layer.qkv.numel() for layer in model.weights.layers):,}-weight attention stack trained on "
+        f"{TRAINED_LENGTH} bytes reads {len(prompt.text):,} bytes ({args.length}x); the pass key in there is "
+        f"{prompt.key}. Kernels: {_C.cpu_features()['isa']}, {args.dtype}.\n"
+    )
+    long_runs = _long_table(model, prompt)
+    grids: dict[str, list[Retrieval]] = {}
+    if not args.no_grid:
+        print()
+        for mode, lengths in GRID.items():
+            grids[mode] = accuracy_grid(model, mode, lengths, DEPTHS, args.samples, seed=args.seed)
+        for mode, results in grids.items():
+            print(f"{MODES[mode]:>22}: {accuracy(results):6.1%} of {len(results)} passkeys, 1x to {GRID[mode][-1]}x")
+        heat_map = args.output / "passkey.png"
+        plot_grids(grids, heat_map)
+        print(f"heat map: {heat_map}")
+    record = {
+        "long": [asdict(result) for result in long_runs],
+        "grid": {mode: [asdict(result) for result in results] for mode, results in grids.items()},
+    }
+    (args.output / "passkey.json").write_text(json.dumps(record, indent=1))
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+    return 0 if all(result.correct for result in long_runs if result.mode != "rope") else 1
+
+
+def _long_table(model: Qwen2Model, prompt: PasskeyPrompt) -> list[Retrieval]:
+    """Run every mode on one long prompt, printing each row as it is done."""
+    columns = ("", "answer", "", "first token", "density", "KV cache", "peak memory")
+    layout = "{:>22}  {:>8}  {:<6}  {:>11}  {:>7}  {:>9}  {:>11}"
+    print(layout.format(*columns))
+    results = []
+    for mode, name in MODES.items():
+        result = retrieve(model, mode, prompt, progress=sys.stderr.isatty())
+        results.append(result)
+        print(
+            layout.format(
+                name,
+                repr(result.answer)[1:-1][:8],
+                "found" if result.correct else "missed",
+                f"{result.ttft:.1f} s",
+                f"{result.density:.1%}",
+                format_bytes(result.kv_bytes),
+                format_bytes(result.peak_memory),
+            ),
+            flush=True,
+        )
+    return results

@@ -1,0 +1,76 @@
+"""Timing for benchmarks: warm-up, interleaved repetitions, percentiles; and the name of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _C
+
+__all__ = ["Timing", "interleaved", "machine"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one candidate."""
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1, min_seconds: float = 0.0
+) -> dict[str, Timing]:
+    """Time the candidates in turns, so that drift of the machine meets all of them alike.
+
+    Args:
+        candidates: name to callable.
+        repeats: timed rounds.
+        warmup: rounds before.
+        min_seconds: keep adding rounds until every candidate has run this long in total.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds = -warmup
+    while rounds < repeats or any(sum(taken) < min_seconds for taken in samples.values()):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            if rounds >= 0:
+                samples[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: _summary(taken) for name, taken in samples.items()}
+
+
+def _summary(samples: list[float]) -> Timing:
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
+    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            fields = dict(line.split(":", 1) for line in cpuinfo if ":" in line)
+        # Virtual machines may hide the marketing name; family and model still tell the core.
+        described = {key.strip(): value.strip() for key, value in fields.items()}
+        model = f"{described['model name']} (family {described['cpu family']}, model {described['model']})"
+    except (OSError, KeyError):
+        pass
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.cpu_features()["isa"],
+        "torch": torch.__version__,
+        "build": _C.build_info(),
+    }
