@@ -174,8 +174,8 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     prompt = make_prompt(args.length * TRAINED_LENGTH, 0.4, seed=args.seed)
     print(
-        f"A {sum(layer.qkv.numel() for layer in model.weights.layers):,}-weight attention stack trained on "
-        f"{TRAINED_LENGTH} bytes reads {len(prompt.text):,} bytes ({args.length}x); the pass key in there is "
+        f"A model of {model.weights.nbytes // model.dtype.itemsize:,} parameters, trained on {TRAINED_LENGTH} bytes, "
+        f"reads {len(prompt.text):,} bytes ({args.length}x). The pass key in there is "
         f"{prompt.key}. Kernels: {_C.cpu_features()['isa']}, {args.dtype}.\n"
     )
     long_runs = _long_table(model, prompt)
