@@ -143,3 +143,11 @@ def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
 def test_fewer_keys_than_voting_rows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"k must have at least as many rows as vote \(64\), got 10"):
         ops.select_vertical_slash(q64, k64[:10], vertical_size=5, slash_size=5)
+
+
+def test_nan_scores_come_last(isa: str) -> None:
+    q, k, _ = random_qkv(64, 300, 1, 1, 64, torch.float32)
+    q[:] = float("nan")
+    vertical, slash = ops.select_vertical_slash(q, k, vertical_size=50, slash_size=120)
+    assert vertical[0].tolist() == list(range(50))
+    assert slash[0].tolist() == list(range(120))

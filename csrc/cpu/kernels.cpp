@@ -72,13 +72,16 @@ std::atomic<const Kernels*> current{nullptr};
 
 const Kernels& kernels() {
   if (const Kernels* chosen = current.load(std::memory_order_acquire)) return *chosen;
-  const char* variable = std::getenv("QWEN_SPARSE_CPU_ISA");
-  const Kernels& chosen = choose(variable == nullptr ? "" : variable, "QWEN_SPARSE_CPU_ISA");
-  current.store(&chosen, std::memory_order_release);
-  return chosen;
+  set_isa("");
+  return *current.load(std::memory_order_acquire);
 }
 
-void set_isa(const std::string& isa) { current.store(&choose(isa, "isa"), std::memory_order_release); }
+void set_isa(const std::string& isa) {
+  const char* variable = std::getenv("QWEN_SPARSE_CPU_ISA");
+  const bool use_variable = isa.empty() && variable != nullptr;
+  const Kernels& chosen = use_variable ? choose(variable, "QWEN_SPARSE_CPU_ISA") : choose(isa, "isa");
+  current.store(&chosen, std::memory_order_release);
+}
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

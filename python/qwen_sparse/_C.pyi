@@ -9,7 +9,8 @@ def cpu_features() -> dict[str, Any]:
     """``isa``: the instruction set whose kernels run; ``supported``: those this CPU could run, slowest first."""
 
 def set_cpu_isa(isa: str) -> None:
-    """Choose the kernels for one instruction set; the empty string restores the default. For tests.
+    """Choose the kernels for one instruction set; the empty string restores what
+    QWEN_SPARSE_CPU_ISA says, or the fastest. For tests.
 
     Raises:
         ValueError: unknown, not in this build, or not supported by this CPU.

@@ -195,8 +195,11 @@ def vertical_slash_scores(
 
 
 def _top_indexes(scores: Tensor, num_forced: int, sizes: Sequence[int]) -> Tensor:
-    """Indexes of the ``sizes[h]`` highest scores of head h, ties to the lower index, sorted, padded with -1."""
-    scores = scores.clone()
+    """Indexes of the ``sizes[h]`` highest scores of head h, ties to the lower index, sorted, padded with -1.
+
+    A NaN score counts as the lowest.
+    """
+    scores = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     scores[:, :num_forced] = math.inf
     num_keys = scores.shape[1]
     result = torch.full((scores.shape[0], min(max(sizes, default=0), num_keys)), -1, dtype=torch.int32)
