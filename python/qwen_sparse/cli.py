@@ -1,0 +1,231 @@
+"""The ``qwen-sparse`` command: ``generate``, ``memory`` and ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .config import ModelConfig, parse_dtype
+from .generate import generate_text, truncate_prompt
+from .loader import load_config, load_model
+from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
+from .models.qwen2 import Qwen2Model
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 2 after one line about what is wrong; 130 after Ctrl-C. argparse itself exits with 2 on bad usage.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(demo_chosen=argv[:1] == ["demo"]).parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"qwen-sparse {args.command}: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser(demo_chosen: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen-sparse",
+        description="Million-token Qwen prompts: Dual Chunk Attention and vertical-slash sparse attention.",
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-sparse {version('qwen-sparse')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
+    _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
+    _add_demo(commands.add_parser("demo", help="retrieve a passkey far beyond the trained length"), demo_chosen)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_generate)
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    prompt = parser.add_argument_group("prompt (--file and --prompt together: the file, a blank line, the prompt)")
+    prompt.add_argument("--prompt", help="text")
+    prompt.add_argument("--file", help="read text from a file, - for standard input")
+    prompt.add_argument("--chat", action="store_true", help="put the text through the model's chat template")
+    prompt.add_argument("--system", help="system message; with --chat")
+    prompt.add_argument(
+        "--truncate", choices=("head", "tail", "both"), help="what to keep of a prompt over --max-seq-len"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to generate (256)")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus probability (1: all)")
+    sampling.add_argument("--top-k", type=int, default=0, help="most likely tokens to draw from (0: all)")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
+    sampling.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+    sampling.add_argument("--seed", type=int, help="repeat a sampled output")
+    engine = parser.add_argument_group("engine")
+    attention = engine.add_mutually_exclusive_group()
+    attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
+    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
+    engine.add_argument("--max-seq-len", type=int, help="most tokens, prompt and output together")
+    engine.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
+    engine.add_argument("--threads", type=int, help="CPU threads")
+    engine.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="prefill bar (default: on a terminal)"
+    )
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    text = _prompt_text(args.prompt, args.file)
+    if args.system is not None and not args.chat:
+        raise ValueError("--system goes with --chat")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    model = load_model(
+        args.model,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        max_seq_len=args.max_seq_len,
+        attention=args.attention or "auto",
+    )
+    pieces = generate_text(
+        model,
+        _prompt_tokens(model, text, args),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        stop=args.stop,
+        seed=args.seed,
+        chunk_tokens=args.chunk_tokens,
+        progress=sys.stderr.isatty() if args.progress is None else args.progress,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt_text(prompt: str | None, file: str | None) -> str:
+    if prompt is None and file is None:
+        raise ValueError("give --prompt, --file or both")
+    parts = []
+    if file is not None:
+        parts.append(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+    if prompt is not None:
+        parts.append(prompt)
+    return "\n\n".join(parts)
+
+
+def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Sequence[int]:
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        text = model.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
+    tokens: Sequence[int] = model.tokenizer.encode(text)
+    if args.truncate is None:
+        return tokens
+    if model.max_seq_len is None:
+        raise ValueError("--truncate needs --max-seq-len: this model has no limit of its own")
+    return truncate_prompt(tokens, model.max_seq_len - args.max_new_tokens, keep=args.truncate)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_memory)
+    parser.add_argument("--model", required=True, help="checkpoint directory (config.json is enough) or hub id")
+    parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences in the cache (1)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
+
+
+def _run_memory(args: argparse.Namespace) -> int:
+    config = load_config(args.model)
+    dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
+    config = replace(config, dtype=dtype)
+    wide = str(dtype).removeprefix("torch.")
+    rows = [
+        (
+            context,
+            batch,
+            name,
+            estimate_memory(config, context, batch=batch, kv_cache_dtype=kv, chunk_tokens=args.chunk_tokens),
+        )
+        for context in args.context or _contexts(config)
+        for batch in args.batch
+        for kv, name in (("auto", wide), ("int8", "int8"))
+    ]
+    print(_memory_table(args.model, wide, rows))
+    print(json.dumps([_memory_record(*row) for row in rows]))
+    return 0
+
+
+def _contexts(config: ModelConfig) -> list[int]:
+    """Powers of four from 4096 to a million tokens with DCA, else to the longest position."""
+    longest = 2**20 if config.dual_chunk else config.max_position_embeddings
+    contexts = [4096 * 4**power for power in range(10) if 4096 * 4**power < longest]
+    return [*contexts, longest]
+
+
+def _memory_table(model: str, dtype: str, rows: Sequence[tuple[int, int, str, MemoryEstimate]]) -> str:
+    header = ("context", "batch", "KV cache", "weights", "KV", "activations", "workspace", "total")
+    cells = [
+        (
+            f"{context:,}",
+            str(batch),
+            kv,
+            *(format_bytes(n) for n in (e.weights, e.kv_cache, e.activations, e.workspace, e.total)),
+        )
+        for context, batch, kv, e in rows
+    ]
+    widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *cells)
+    ]
+    available = available_memory()
+    note = "" if available is None else f"; {format_bytes(available)} available here"
+    return "\n".join((f"{model}, weights and activations in {dtype}{note}", *lines))
+
+
+def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: MemoryEstimate) -> dict[str, int | str]:
+    return {
+        "context": context,
+        "batch": batch,
+        "kv_cache_dtype": kv_cache_dtype,
+        "weights": estimate.weights,
+        "kv_cache": estimate.kv_cache,
+        "activations": estimate.activations,
+        "workspace": estimate.workspace,
+        "total": estimate.total,
+    }
+
+
+def _add_demo(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    parser.set_defaults(run=_run_demo)
+    if chosen:  # the other commands do not pay for the import
+        from . import demo
+
+        demo.add_arguments(parser)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    return int(demo.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

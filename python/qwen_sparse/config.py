@@ -1,0 +1,415 @@
+"""Model configuration: what ``config.json`` and ``sparse_attention_config.json`` say, checked and typed.
+
+Everything the decoder does not implement is refused here, by name, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PAGE_SIZE", "DualChunkConfig", "ModelConfig", "RopeConfig", "SparseConfig", "parse_dtype"]
+
+PAGE_SIZE = 128
+"""Tokens per page of the KV cache. A page never straddles the border of a DCA chunk."""
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+HEAD_DIMS = (64, 128)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DUAL_CHUNK_KEYS = frozenset({"chunk_size", "local_size", "original_max_position_embeddings"})
+_SPARSE_KEYS = frozenset(
+    {
+        "sparse_attention_config",
+        "sparse_attention_enabled",
+        "sparse_attention_threshold",
+        "sparse_attention_last_q",
+    }
+)
+_ROPE_KEYS = frozenset(
+    {
+        "rope_theta",
+        "rope_type",
+        "type",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "partial_rotary_factor",
+    }
+)
+
+
+def parse_dtype(value: object, name: str = "dtype") -> torch.dtype:
+    """``"bfloat16"``, ``"torch.bfloat16"`` or a ``torch.dtype`` to one of the three supported dtypes.
+
+    Raises:
+        ValueError: any other value; the message names ``name``.
+    """
+    dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
+    if dtype is None or dtype not in _DTYPES.values():
+        raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
+    return dtype
+
+
+def _integer(
+    raw: Mapping[str, Any],
+    key: str,
+    where: str,
+    *,
+    minimum: int = 1,
+    maximum: int | None = None,
+    default: int | None = None,
+) -> int:
+    value = raw.get(key, default)
+    if value is None:
+        raise ValueError(f"{where}: {key} is missing")
+    if type(value) is not int or value < minimum or (maximum is not None and value > maximum):
+        rule = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"{where}: {key} must be an integer {rule}, got {value!r}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{where}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{where}: {key} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _boolean(raw: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
+
+
+def _refuse_unknown(raw: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise ValueError(f"{where}: unsupported keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: plain, or YaRN (arXiv 2309.00071) when ``factor`` is set; config.json's names."""
+
+    rope_theta: float
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> RopeConfig:
+        """From config.json: ``rope_theta`` with ``rope_scaling``, or transformers 5's ``rope_parameters``.
+
+        Raises:
+            ValueError: a rope type other than default and yarn, an unknown key, or a value out of range.
+        """
+        where = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+        scaling = raw.get(where) or {}
+        if not isinstance(scaling, Mapping):
+            raise ValueError(f"{where} must be an object or null, got {scaling!r}")
+        _refuse_unknown(scaling, _ROPE_KEYS, where)
+        theta = _number({"rope_theta": scaling.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", where, 1e4)
+        partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            raise ValueError(f"partial_rotary_factor must be 1 (the whole head is rotated), got {partial!r}")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return cls(rope_theta=theta)
+        if kind != "yarn":
+            raise ValueError(f"{where}: type must be 'default' or 'yarn', got {kind!r}")
+
+        def optional(key: str) -> float | None:
+            return None if scaling.get(key) is None else _number(scaling, key, where)
+
+        return cls(
+            rope_theta=theta,
+            factor=_number(scaling, "factor", where),
+            original_max_position_embeddings=_integer(
+                scaling,
+                "original_max_position_embeddings",
+                where,
+                default=raw.get("max_position_embeddings"),
+            ),
+            beta_fast=_number(scaling, "beta_fast", where, 32.0),
+            beta_slow=_number(scaling, "beta_slow", where, 1.0),
+            attention_factor=optional("attention_factor"),
+            mscale=optional("mscale"),
+            mscale_all_dim=optional("mscale_all_dim"),
+            truncate=_boolean(scaling, "truncate", where, True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DualChunkConfig:
+    """Dual Chunk Attention (arXiv 2402.17463): config.json's ``dual_chunk_attention_config``, in tokens.
+
+    Raises:
+        ValueError: ``local_size`` is not below ``chunk_size``, or ``chunk_len`` no multiple of the page size.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        where = "dual_chunk_attention_config"
+        for name in ("chunk_size", "local_size"):
+            _integer({name: getattr(self, name)}, name, where)
+        if self.local_size >= self.chunk_size:
+            raise ValueError(f"{where}: local_size must be below chunk_size = {self.chunk_size}, got {self.local_size}")
+        if self.chunk_len % PAGE_SIZE:
+            raise ValueError(
+                f"{where}: chunk_size - local_size must be a multiple of the KV page size {PAGE_SIZE}, "
+                f"got {self.chunk_size} - {self.local_size} = {self.chunk_len}"
+            )
+
+    @property
+    def chunk_len(self) -> int:
+        """``chunk_size - local_size``: keys are rotated at their position modulo this length."""
+        return self.chunk_size - self.local_size
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DualChunkConfig:
+        """From ``dual_chunk_attention_config``; an absent original length means 0: no temperature.
+
+        Raises:
+            ValueError: a key is missing, unknown or out of range.
+        """
+        where = "dual_chunk_attention_config"
+        _refuse_unknown(raw, _DUAL_CHUNK_KEYS | _SPARSE_KEYS, where)
+        return cls(
+            chunk_size=_integer(raw, "chunk_size", where),
+            local_size=_integer(raw, "local_size", where),
+            original_max_position_embeddings=_integer(
+                raw, "original_max_position_embeddings", where, minimum=0, default=0
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """Budgets of vertical-slash attention (MInference): how many columns and distances each head gets."""
+
+    vertical_sizes: tuple[tuple[int, ...], ...]
+    """``[num_layers][num_heads]``: number of columns."""
+    slash_sizes: tuple[tuple[int, ...], ...]
+    """``[num_layers][num_heads]``: number of distances."""
+    enabled: bool = True
+    threshold: int = 32768
+    """Prompts up to this many tokens run dense."""
+    last_q: int = 64
+    """Query rows that vote in the selection; at most 64."""
+
+    @classmethod
+    def from_budgets(
+        cls,
+        budgets: object,
+        *,
+        num_layers: int,
+        num_heads: int,
+        enabled: bool = True,
+        threshold: int = 32768,
+        last_q: int = 64,
+    ) -> SparseConfig:
+        """From the published format: a list by layer of ``{"head": ["vertical_and_slash", V, S, score]}``.
+
+        V = 30 means 130, as served by vLLM: the forced columns come on top of it.
+
+        Raises:
+            ValueError: anything else; the message names the layer and the head.
+        """
+        where = "sparse_attention_config"
+        if not isinstance(budgets, Sequence) or isinstance(budgets, str) or len(budgets) != num_layers:
+            got = f"{len(budgets)} entries" if isinstance(budgets, list) else f"a {type(budgets).__name__}"
+            raise ValueError(f"{where} must be a list with one entry per layer ({num_layers}), got {got}")
+        pairs = [_layer_budgets(heads, num_heads, f"{where}: layer {layer}") for layer, heads in enumerate(budgets)]
+        return cls(
+            vertical_sizes=tuple(tuple(v for v, _ in layer) for layer in pairs),
+            slash_sizes=tuple(tuple(s for _, s in layer) for layer in pairs),
+            enabled=enabled,
+            threshold=threshold,
+            last_q=last_q,
+        )
+
+
+def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int, int]]:
+    """(V, S) of every head of one layer."""
+    if not isinstance(heads, Mapping) or set(heads) != {str(head) for head in range(num_heads)}:
+        got = f"keys {', '.join(map(str, heads))}" if isinstance(heads, Mapping) else repr(heads)
+        raise ValueError(f'{where} must be an object with keys "0" to "{num_heads - 1}", one per head, got {got}')
+    pairs = []
+    for head in range(num_heads):
+        entry = heads[str(head)]
+        sizes = entry[1:3] if isinstance(entry, Sequence) and not isinstance(entry, str) else ()
+        if (
+            len(sizes) != 2
+            or entry[0] != "vertical_and_slash"
+            or not all(type(size) is int and size >= 0 for size in sizes)
+        ):
+            raise ValueError(
+                f'{where}, head {head} must be ["vertical_and_slash", V, S, score] with integers V, S >= 0, '
+                f"got {entry!r}"
+            )
+        pairs.append((130 if sizes[0] == 30 else sizes[0], sizes[1]))
+    return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A Qwen2 decoder. Sizes are counts of elements; ``dtype`` is the checkpoint's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = True
+    """Bias on the q, k and v projections; Qwen2 has it unless the config says false."""
+    dtype: torch.dtype = torch.bfloat16
+    eos_token_ids: tuple[int, ...] = ()
+    dual_chunk: DualChunkConfig | None = None
+    sparse: SparseConfig | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, budgets: object = None) -> ModelConfig:
+        """From the contents of config.json.
+
+        Args:
+            raw: the parsed config.json.
+            budgets: contents of ``sparse_attention_config.json``; None to use those inside
+                ``dual_chunk_attention_config``, if any.
+
+        Raises:
+            ValueError: an unknown architecture, an option that is not implemented, or a bad value.
+        """
+        _check_supported(raw)
+        where = "config.json"
+        num_heads = _integer(raw, "num_attention_heads", where)
+        num_kv_heads = _integer(raw, "num_key_value_heads", where, default=num_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"{where}: num_attention_heads must be a multiple of num_key_value_heads = {num_kv_heads}, "
+                f"got {num_heads}"
+            )
+        hidden_size = _integer(raw, "hidden_size", where)
+        head_dim = raw.get("head_dim") or hidden_size // num_heads
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"{where}: head_dim must be 64 or 128, got {head_dim}")
+        num_layers = _integer(raw, "num_hidden_layers", where)
+        dual_chunk = raw.get("dual_chunk_attention_config") or {}
+        if not isinstance(dual_chunk, Mapping):
+            raise ValueError(f"{where}: dual_chunk_attention_config must be an object, got {dual_chunk!r}")
+        eos = raw.get("eos_token_id")
+        return cls(
+            vocab_size=_integer(raw, "vocab_size", where),
+            hidden_size=hidden_size,
+            intermediate_size=_integer(raw, "intermediate_size", where),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=_integer(raw, "max_position_embeddings", where),
+            rope=RopeConfig.from_dict(raw),
+            rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6),
+            tie_word_embeddings=_boolean(raw, "tie_word_embeddings", where, False),
+            attention_bias=_boolean(raw, "attention_bias", where, True),
+            dtype=parse_dtype(
+                raw.get("dtype") or raw.get("torch_dtype") or "float32", f"{where}: dtype (or torch_dtype)"
+            ),
+            eos_token_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
+            dual_chunk=DualChunkConfig.from_dict(dual_chunk) if dual_chunk else None,
+            sparse=_sparse_config(dual_chunk, budgets, num_layers, num_heads),
+        )
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ModelConfig:
+        """From config.json, generation_config.json (its EOS tokens) and sparse_attention_config.json.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ValueError: a file is not JSON, or see :meth:`from_dict`.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {path}")
+        raw = read_json(path / "config.json")
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path / 'config.json'} must hold an object, got a {type(raw).__name__}")
+        generation, sparse = path / "generation_config.json", path / "sparse_attention_config.json"
+        if generation.is_file():
+            eos = read_json(generation).get("eos_token_id")
+            raw = raw if eos is None else {**raw, "eos_token_id": eos}
+        return cls.from_dict(raw, budgets=read_json(sparse) if sparse.is_file() else None)
+
+
+def read_json(path: Path) -> Any:
+    """Parsed contents of a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    architectures = raw.get("architectures") or ([ARCHITECTURE] if raw.get("model_type") == "qwen2" else [])
+    if list(architectures) != [ARCHITECTURE]:
+        raise ValueError(f"architectures must be ['{ARCHITECTURE}'], got {raw.get('architectures')!r}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act must be 'silu', got {raw['hidden_act']!r}")
+    if raw.get("use_sliding_window", False):
+        raise ValueError("use_sliding_window must be false: sliding-window layers are not supported, got true")
+    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types must all be 'full_attention', got {raw['layer_types']!r}")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method")
+        raise ValueError(f"quantization_config must be absent: quantised weights are not supported, got {method!r}")
+
+
+def _sparse_config(
+    dual_chunk: Mapping[str, Any], budgets: object, num_layers: int, num_heads: int
+) -> SparseConfig | None:
+    """Budgets (those of the file win) with the switches inside ``dual_chunk_attention_config``."""
+    where = "dual_chunk_attention_config"
+    budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
+    if budgets is None:
+        if dual_chunk.get("sparse_attention_enabled"):
+            raise ValueError(f"{where}: sparse_attention_enabled is true but there are no budgets")
+        return None
+    return SparseConfig.from_budgets(
+        budgets,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        enabled=_boolean(dual_chunk, "sparse_attention_enabled", where, True),
+        threshold=_integer(dual_chunk, "sparse_attention_threshold", where, minimum=0, default=32768),
+        last_q=_integer(dual_chunk, "sparse_attention_last_q", where, maximum=64, default=64),
+    )

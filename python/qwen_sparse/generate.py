@@ -1,0 +1,328 @@
+"""Generation: sampling, stop strings, streaming text, and cutting prompts to length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from .kv_cache import PagedKVCache
+from .memory import DEFAULT_CHUNK_TOKENS
+from .models.qwen2 import Qwen2Model
+from .prefill import check_request, prefill, token_tensor
+from .tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Sampler", "StopStrings", "generate", "generate_text", "truncate_prompt"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class Sampler:
+    """Chooses the next token: repetition penalty, temperature, top-k, top-p, in this order.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Smallest set of most likely tokens whose probabilities sum to this; 1 for all."""
+    top_k: int = 0
+    """This many most likely tokens; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen before, multiplies negative ones; 1 for none."""
+    seed: int | None = None
+    """Equal seeds give equal tokens; None draws a new one."""
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+        self._generator = torch.Generator()
+        if self.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self.seed)
+
+    def __call__(self, logits: Tensor, seen: Tensor) -> int:
+        """The next token.
+
+        Args:
+            logits: float32 ``[vocab]``.
+            seen: bool ``[vocab]``, tokens of the prompt and of the output so far.
+        """
+        if self.repetition_penalty != 1:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        values, token_ids = torch.sort(logits.double() / self.temperature, descending=True, stable=True)
+        if self.top_k:
+            values, token_ids = values[: self.top_k], token_ids[: self.top_k]
+        weights = torch.softmax(values, dim=-1)
+        before = weights.cumsum(dim=-1) - weights
+        weights = weights.masked_fill(before >= self.top_p, 0.0)
+        return int(token_ids[torch.multinomial(weights, 1, generator=self._generator)])
+
+
+class StopStrings:
+    """Holds text back while it could still become a stop string, and cuts it where one begins."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text."""
+
+    def push(self, text: str) -> str:
+        """The part of everything so far that may be shown; nothing more once a stop string was found."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        matches = [(self._held.find(stop), stop) for stop in self._stop if stop in self._held]
+        if matches:  # the first to be complete, as if the text had come letter by letter; then the longest
+            cut, self.found = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
+        else:
+            cut = len(self._held) - self._longest_prefix_at_end()
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the text; nothing when a stop string was found."""
+        shown, self._held = "" if self.found is not None else self._held, ""
+        return shown
+
+    def _longest_prefix_at_end(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def generate(
+    model: Qwen2Model,
+    input_ids: Sequence[int] | Tensor,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] | None = None,
+    seed: int | None = None,
+    cache: PagedKVCache | None = None,
+    chunk_tokens: int | None = None,
+    progress: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[int]:
+    """Generate tokens one by one.
+
+    Args:
+        model: the model.
+        input_ids: the prompt, or what follows the tokens in ``cache``.
+        max_new_tokens: most tokens to yield.
+        temperature, top_p, top_k, repetition_penalty, seed: see :class:`Sampler`; greedy by default. The
+            penalty counts the tokens of this call, not those already cached.
+        stop: strings that end the output. Tokens are yielded up to the one that completes the string; for
+            text cut exactly before it, use :func:`generate_text`.
+        stop_token_ids: tokens that end the output and are not yielded; None for the model's EOS tokens, ()
+            for none.
+        cache: continue this cache. Afterwards it holds the prompt and all yielded tokens but the last, which
+            no later token needed: start the next turn's ``input_ids`` with it.
+        chunk_tokens, progress: see :func:`qwen_sparse.prefill`.
+        tokenizer: to match ``stop``; ``model.tokenizer`` when None.
+
+    Returns:
+        An iterator of token ids. Arguments are checked at once; the prefill runs with the first token.
+
+    Raises:
+        ValueError: a bad argument, or prompt and new tokens exceed ``model.max_seq_len``.
+        MemoryError: the estimate exceeds the memory that is left.
+
+    Example:
+        >>> list(generate(model, model.tokenizer.encode("1, 2, 3,"), max_new_tokens=8))
+    """
+    sampler = Sampler(temperature, top_p, top_k, repetition_penalty, seed)
+    stop = _stop_strings(stop)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    tokens = token_tensor(model, input_ids)
+    check_request(
+        model,
+        tokens.shape[0],
+        cache=cache,
+        chunk_tokens=DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
+        max_new_tokens=max_new_tokens,
+    )
+    ends = frozenset(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
+    text = _StoppingText(model.tokenizer if tokenizer is None else tokenizer, stop) if stop else None
+    cache = model.new_cache() if cache is None else cache
+
+    def run() -> Iterator[int]:
+        cache.reserve(cache.seqlen + tokens.shape[0] + max_new_tokens)
+        logits = prefill(model, tokens, chunk_tokens=chunk_tokens, cache=cache, progress=progress).logits
+        seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        seen[tokens.cpu()] = True
+        for produced in range(1, max_new_tokens + 1):
+            token = sampler(logits.cpu(), seen)
+            if token in ends:
+                return
+            yield token
+            if produced == max_new_tokens or (text is not None and text.ended_by(token)):
+                return
+            seen[token] = True
+            output = model.forward(torch.tensor([token], device=model.device), cache)
+            assert output is not None  # output="last" has logits
+            logits = output
+
+    return run()
+
+
+def generate_text(
+    model: Qwen2Model,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] | None = None,
+    seed: int | None = None,
+    cache: PagedKVCache | None = None,
+    chunk_tokens: int | None = None,
+    progress: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[str]:
+    """Generate text piece by piece: :func:`generate` for people.
+
+    A piece never splits a UTF-8 character. Text that could become a stop string is held back until it cannot;
+    the stop string itself is not part of the output.
+
+    Args:
+        prompt: text, or tokens.
+        model, max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, stop_token_ids, seed: see
+            :func:`generate`.
+        cache, chunk_tokens, progress, tokenizer: see :func:`generate`.
+
+    Raises:
+        FileNotFoundError: no tokenizer was given and the model has none.
+        ValueError, MemoryError: see :func:`generate`.
+    """
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    tokens = generate(
+        model,
+        tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        seed=seed,
+        cache=cache,
+        chunk_tokens=chunk_tokens,
+        progress=progress,
+        tokenizer=tokenizer,
+    )
+    return _stream_text(tokens, StreamDecoder(tokenizer), StopStrings(_stop_strings(stop)))
+
+
+def _stream_text(tokens: Iterator[int], decoder: StreamDecoder, stopper: StopStrings) -> Iterator[str]:
+    for token in tokens:
+        if piece := stopper.push(decoder.push(token)):
+            yield piece
+    if piece := stopper.push(decoder.flush()) + stopper.flush():
+        yield piece
+
+
+class _StoppingText:
+    """The text of the tokens so far, as far as stop strings need it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._decoder, self._stopper = StreamDecoder(tokenizer), StopStrings(stop)
+
+    def ended_by(self, token: int) -> bool:
+        """Whether this token completes a stop string."""
+        self._stopper.push(self._decoder.push(token))
+        return self._stopper.found is not None
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
+    return strings
+
+
+@overload
+def truncate_prompt(
+    input_ids: Tensor,
+    max_tokens: int,
+    *,
+    keep: Literal["head", "tail", "both"] = "both",
+    head_tokens: int | None = None,
+) -> Tensor: ...
+@overload
+def truncate_prompt(
+    input_ids: Sequence[T],
+    max_tokens: int,
+    *,
+    keep: Literal["head", "tail", "both"] = "both",
+    head_tokens: int | None = None,
+) -> Sequence[T]: ...
+def truncate_prompt(
+    input_ids: Sequence[T] | Tensor,
+    max_tokens: int,
+    *,
+    keep: Literal["head", "tail", "both"] = "both",
+    head_tokens: int | None = None,
+) -> Sequence[T] | Tensor:
+    """Cut a prompt to at most ``max_tokens`` tokens.
+
+    Args:
+        input_ids: tokens, as a list, tuple or tensor ``[n]``; one that fits is returned as it is.
+        max_tokens: most tokens to keep, >= 1.
+        keep: the "head", the "tail", or "both" ends without the middle, since instructions tend to stand at
+            the ends.
+        head_tokens: with "both", tokens kept at the head, the rest coming from the tail; half (rounded up)
+            when None.
+
+    Raises:
+        ValueError: an unknown ``keep``, or a number out of range.
+    """
+    if keep not in ("head", "tail", "both"):
+        raise ValueError(f"keep must be 'head', 'tail' or 'both', got {keep!r}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
+    if head_tokens is not None and keep != "both":
+        raise ValueError(f"head_tokens goes with keep='both' only, got keep={keep!r}")
+    if head_tokens is not None and not 0 <= head_tokens <= max_tokens:
+        raise ValueError(f"head_tokens must be in [0, max_tokens = {max_tokens}], got {head_tokens}")
+    num_tokens = len(input_ids)
+    if num_tokens <= max_tokens:
+        return input_ids
+    head = {
+        "head": max_tokens,
+        "tail": 0,
+        "both": (max_tokens + 1) // 2 if head_tokens is None else head_tokens,
+    }[keep]
+    tail = num_tokens - (max_tokens - head)
+    if isinstance(input_ids, Tensor):
+        return torch.cat((input_ids[:head], input_ids[tail:]))
+    return [*input_ids[:head], *input_ids[tail:]]

@@ -1,0 +1,316 @@
+"""Paged KV cache: pages of 128 tokens in the model's dtype or in int8 with one scale per token and kv head.
+
+Attention always reads keys and values back from the cache, those of the current prefill chunk too, so int8
+results do not depend on where a prompt was cut. Memory is O(layers x tokens); one workspace of O(tokens),
+shared by all layers, holds dequantised keys and values during an int8 prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import PAGE_SIZE, ModelConfig
+
+__all__ = ["KVRotation", "LayerPages", "PagedKVCache", "resolve_kv_cache_dtype"]
+
+_GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(1) copies per token
+_GATHER_TOKENS = 64 * PAGE_SIZE  # gathered or dequantised at a time: bounds the temporaries
+
+
+class _BiasArguments(TypedDict, total=False):
+    """The keyword arguments that quantize_kv and dequantize_kv need when keys carry a bias."""
+
+    k_bias: Tensor
+    positions: Tensor
+    inv_freq: Tensor
+    attention_factor: float
+
+
+class LayerPages(NamedTuple):
+    """The pools of one layer, as :func:`qwen_sparse.ops.decode_attention` takes them."""
+
+    k: Tensor
+    """``[num_pages, 128, num_kv_heads, head_dim]``, model dtype or int8."""
+    v: Tensor
+    k_scale: Tensor | None
+    """float32 ``[num_pages, 128, num_kv_heads]``; None unless int8."""
+    v_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class KVRotation:
+    """How keys were rotated: what int8 storage takes off them and adds back (the rotated bias)."""
+
+    inv_freq: Tensor
+    """float64 ``[head_dim / 2]``."""
+    attention_factor: float = 1.0
+    chunk_len: int | None = None
+    """Keys are rotated at their position modulo this (Dual Chunk Attention); None: at their position."""
+    k_bias: Sequence[Tensor] | None = None
+    """By layer: unrotated key bias, float32 ``[num_kv_heads, head_dim]``."""
+
+
+def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """Storage dtype: ``"auto"`` is the model's, ``"int8"`` is int8, ``"bfloat16"`` needs a bfloat16 model.
+
+    Raises:
+        ValueError: any other name, or bfloat16 storage for a model of another dtype.
+    """
+    if kv_cache_dtype == "auto":
+        return dtype
+    if kv_cache_dtype == "int8":
+        return torch.int8
+    if kv_cache_dtype != "bfloat16":
+        raise ValueError(f"kv_cache_dtype must be 'auto', 'bfloat16' or 'int8', got {kv_cache_dtype!r}")
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            "kv_cache_dtype 'bfloat16' needs a model in bfloat16 (16-bit pages hold the model's dtype), "
+            f"got dtype {str(dtype).removeprefix('torch.')}; use 'auto' or 'int8'"
+        )
+    return torch.bfloat16
+
+
+class PagedKVCache:
+    """Keys and values of one sequence, by layer, in pages of 128 tokens.
+
+    A prefill chunk is written layer by layer with :meth:`append` and becomes part of the sequence with
+    :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in between
+    leaves the cache as it was after the last whole chunk. The pools and ``block_table [1, max_pages]`` have
+    the shapes that batched decoding needs; this class hands every page to its one sequence.
+
+    Args:
+        config: sizes of the model.
+        dtype: compute dtype; also the storage dtype when ``kv_cache_dtype`` is "auto".
+        kv_cache_dtype: "auto", "bfloat16" or "int8".
+        capacity: tokens to reserve now; the cache grows on demand.
+        rotation: how keys were rotated; required for int8.
+        device: where the pools live.
+
+    Raises:
+        ValueError: a dtype rule is broken, or ``rotation`` is missing for int8.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_cache_dtype: str = "auto",
+        capacity: int = 0,
+        rotation: KVRotation | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.dtype = config.dtype if dtype is None else dtype
+        self.storage_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
+        if self.is_int8 and rotation is None:
+            raise ValueError("PagedKVCache: rotation must be given for kv_cache_dtype 'int8', got None")
+        self.rotation = rotation
+        self.device = torch.device(device)
+        self.block_table = torch.empty(1, 0, dtype=torch.int32, device=self.device)
+        self._consecutive = True
+        self._seqlen = 0
+        self._layers = [self._empty_pages(0) for _ in range(config.num_layers)]
+        self._workspace: tuple[Tensor, Tensor] | None = None
+        self.reserve(capacity)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether pages are int8."""
+        return self.storage_dtype == torch.int8
+
+    @property
+    def seqlen(self) -> int:
+        """Committed tokens."""
+        return self._seqlen
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return self.block_table.shape[1] * PAGE_SIZE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools (reserved pages included), without the workspace."""
+        return sum(pool.nbytes for pages in self._layers for pool in pages if pool is not None)
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of the workspace; 0 while keys and values can be read in place."""
+        return 0 if self._workspace is None else sum(buffer.nbytes for buffer in self._workspace)
+
+    def __repr__(self) -> str:
+        name = str(self.storage_dtype).removeprefix("torch.")
+        return f"PagedKVCache(seqlen={self.seqlen}, capacity={self.capacity}, {name}, nbytes={self.nbytes})"
+
+    def _empty_pages(self, num_pages: int) -> LayerPages:
+        shape = (num_pages, PAGE_SIZE, self.config.num_kv_heads)
+
+        def values() -> Tensor:
+            return torch.empty(*shape, self.config.head_dim, dtype=self.storage_dtype, device=self.device)
+
+        def scales() -> Tensor | None:
+            return torch.empty(shape, dtype=torch.float32, device=self.device) if self.is_int8 else None
+
+        return LayerPages(values(), values(), scales(), scales())
+
+    @torch.inference_mode()
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for ``num_tokens`` in total; never shrinks. Layers are copied one at a time.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"reserve: num_tokens must be >= 0, got {num_tokens}")
+        num_pages, old_pages = -(-num_tokens // PAGE_SIZE), self.block_table.shape[1]
+        if num_pages <= old_pages:
+            return
+        used = -(-self._seqlen // PAGE_SIZE) if self._consecutive else old_pages
+        for layer, old in enumerate(self._layers):
+            if old.k.shape[0] >= num_pages:  # an interrupted call got this far
+                continue
+            new = self._empty_pages(num_pages)
+            for target, source in zip(new, old, strict=True):
+                if target is not None and source is not None:
+                    target[:used].copy_(source[:used])
+            self._layers[layer] = new
+        added = torch.arange(old_pages, num_pages, dtype=torch.int32, device=self.device)
+        self.block_table = torch.cat((self.block_table, added[None]), dim=1)
+
+    def remap(self, pages: Sequence[int]) -> None:
+        """Use the reserved pages in this order instead of one after the other; the cache must be empty.
+
+        Raises:
+            ValueError: the cache holds tokens, or ``pages`` is not a permutation of the reserved pages.
+        """
+        if self._seqlen:
+            raise ValueError(f"remap: the cache must be empty, got seqlen = {self._seqlen}")
+        if sorted(pages) != list(range(self.block_table.shape[1])):
+            raise ValueError(f"remap: pages must be a permutation of range({self.block_table.shape[1]}), got {pages}")
+        self.block_table = torch.tensor([list(pages)], dtype=torch.int32, device=self.device)
+        self._consecutive = list(pages) == sorted(pages)
+
+    @torch.inference_mode()
+    def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> None:
+        """Write the keys and values of one prefill chunk, behind the committed tokens.
+
+        Args:
+            layer: layer number.
+            k: rotated keys ``[n, num_kv_heads, head_dim]``.
+            v: values, shaped like ``k``.
+            start: position of the first token; must equal :attr:`seqlen`.
+
+        Raises:
+            ValueError: a wrong start or shape.
+        """
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        if start != self._seqlen:
+            raise ValueError(f"append: start must equal seqlen = {self._seqlen}, got {start}")
+        if k.shape[1:] != shape or v.shape != k.shape:
+            raise ValueError(
+                f"append: k and v must have shape [n, num_kv_heads, head_dim] = [*, {shape[0]}, {shape[1]}], "
+                f"got {list(k.shape)} and {list(v.shape)}"
+            )
+        end = start + k.shape[0]
+        if end > self.capacity:
+            self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
+        values: tuple[Tensor, ...] = (k, v)
+        if self.is_int8:
+            k_int8, k_scale, v_int8, v_scale = ops.quantize_kv(k, v, **self._bias(layer, start, end))
+            values = (k_int8, v_int8, k_scale, v_scale)
+        pools = [pool.flatten(0, 1) for pool in self._layers[layer] if pool is not None]
+        if self._consecutive:
+            for pool, value in zip(pools, values, strict=True):
+                pool[start:end].copy_(value)
+            return
+        positions = torch.arange(start, end, device=self.device)
+        slot_mapping = self.block_table[0, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        for pool, value in zip(pools, values, strict=True):
+            pool.index_copy_(0, slot_mapping, value)
+
+    def _bias(self, layer: int, start: int, end: int) -> _BiasArguments:
+        """The bias arguments of quantize_kv and dequantize_kv for tokens ``start`` to ``end``."""
+        rotation = self.rotation
+        if rotation is None or rotation.k_bias is None:
+            return {}
+        positions = torch.arange(start, end, device=self.device)
+        return {
+            "k_bias": rotation.k_bias[layer],
+            "positions": positions if rotation.chunk_len is None else positions % rotation.chunk_len,
+            "inv_freq": rotation.inv_freq,
+            "attention_factor": rotation.attention_factor,
+        }
+
+    def commit(self, num_tokens: int) -> None:
+        """Make ``num_tokens`` appended tokens part of the sequence; call it once every layer holds them.
+
+        Raises:
+            ValueError: a negative number, or more than fits the reserved pages.
+        """
+        if not 0 <= num_tokens <= self.capacity - self._seqlen:
+            raise ValueError(
+                f"commit: num_tokens must be in [0, {self.capacity - self._seqlen}] (reserved and not "
+                f"committed), got {num_tokens}"
+            )
+        self._seqlen += num_tokens
+
+    def truncate(self, num_tokens: int) -> None:
+        """Drop every token from position ``num_tokens`` on; their pages stay reserved.
+
+        Raises:
+            ValueError: a number outside [0, seqlen].
+        """
+        if not 0 <= num_tokens <= self._seqlen:
+            raise ValueError(f"truncate: num_tokens must be in [0, seqlen = {self._seqlen}], got {num_tokens}")
+        self._seqlen = num_tokens
+
+    def pages(self, layer: int) -> LayerPages:
+        """The pools of one layer, for attention that reads pages through ``block_table``."""
+        return self._layers[layer]
+
+    @torch.inference_mode()
+    def workspace(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Contiguous keys and values of the first ``num_tokens`` tokens, ``[n, num_kv_heads, head_dim]``.
+
+        A view of the pool when its pages hold the compute dtype and are consecutive. Otherwise a buffer that
+        all layers share: the next call overwrites it.
+
+        Raises:
+            ValueError: more tokens than are reserved.
+        """
+        if not 0 <= num_tokens <= self.capacity:
+            raise ValueError(f"workspace: num_tokens must be in [0, capacity = {self.capacity}], got {num_tokens}")
+        pages = self._layers[layer]
+        if not self.is_int8 and self._consecutive:
+            return pages.k.flatten(0, 1)[:num_tokens], pages.v.flatten(0, 1)[:num_tokens]
+        k, v = self._buffers()
+        for start in range(0, num_tokens, _GATHER_TOKENS):
+            end = min(start + _GATHER_TOKENS, num_tokens)
+            table = self.block_table[0, start // PAGE_SIZE : -(-end // PAGE_SIZE)].long()
+            k_part, v_part, *scales = (pool[table].flatten(0, 1)[: end - start] for pool in pages if pool is not None)
+            if scales:
+                k_part, v_part = ops.dequantize_kv(
+                    k_part, scales[0], v_part, scales[1], dtype=self.dtype, **self._bias(layer, start, end)
+                )
+            k[start:end].copy_(k_part)
+            v[start:end].copy_(v_part)
+        return k[:num_tokens], v[:num_tokens]
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        shape = (self.capacity, self.config.num_kv_heads, self.config.head_dim)
+        if self._workspace is None or self._workspace[0].shape != shape:
+            self._workspace = None  # free before the larger one is made
+            k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self._workspace = k, v
+        return self._workspace
+
+    def release_workspace(self) -> None:
+        """Free the workspace; prefill calls it at its end, since decoding reads pages."""
+        self._workspace = None

@@ -1,0 +1,243 @@
+"""Loading checkpoints: a Hugging Face directory (or hub id) to :class:`~qwen_sparse.models.qwen2.Qwen2Model`.
+
+Weights are allocated once in their final, fused form and every tensor is copied straight into its place, so
+the peak is the weights plus one tensor. Headers are compared with the config before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig, parse_dtype, read_json
+from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights
+
+__all__ = ["load_config", "load_model", "resolve_directory"]
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_NAMES_SHOWN = 20
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    kv_cache_dtype: str = "auto",
+    max_seq_len: int | None = None,
+    attention: AttentionMode = "auto",
+) -> Qwen2Model:
+    """Load a Qwen2/Qwen2.5 checkpoint.
+
+    Args:
+        path: directory with config.json and safetensors (one file, or shards with their index), or a hub id
+            ("Qwen/Qwen2.5-7B-Instruct-1M"; needs the package huggingface_hub).
+        device: "auto" or "cpu"; this build has no CUDA kernels.
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        kv_cache_dtype: "auto" (the model's dtype), "bfloat16" or "int8".
+        max_seq_len: most tokens of a sequence. None: no limit but memory for models with Dual Chunk
+            Attention, which have no longest position; max_position_embeddings for others.
+        attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
+            longer than their threshold; "dense" never; "sparse" always.
+
+    Raises:
+        FileNotFoundError: there is no such directory, config or weight file.
+        ValueError: an unsupported model or argument, or tensors that are missing, unexpected or mis-shaped
+            (all are named in one error).
+
+    Example:
+        >>> model = load_model("Qwen/Qwen2.5-7B-Instruct-1M", kv_cache_dtype="int8")
+        >>> result = prefill(model, model.tokenizer.encode("Hello"))
+    """
+    resolved_device = _resolve_device(device)
+    directory = resolve_directory(path)
+    config = ModelConfig.from_directory(directory)
+    resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
+    if max_seq_len is None and config.dual_chunk is None:
+        max_seq_len = config.max_position_embeddings
+    model = Qwen2Model(  # no weights yet: every argument is checked before they are read
+        config=config,
+        weights=_empty_weights(config, resolved_dtype, torch.device("meta")),
+        dtype=resolved_dtype,
+        device=resolved_device,
+        kv_cache_dtype=kv_cache_dtype,
+        max_seq_len=max_seq_len,
+        attention=attention,
+        path=directory,
+    )
+    return replace(model, weights=_load_weights(directory, config, resolved_dtype, resolved_device))
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config alone, from a directory (weights may be absent) or a hub id.
+
+    Raises:
+        FileNotFoundError: there is no such directory or no config.json.
+        ValueError: an unsupported model.
+    """
+    return ModelConfig.from_directory(resolve_directory(path, files=("*.json",)))
+
+
+def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) -> Path:
+    """A local directory as it is; a hub id is downloaded (or found in the hub's cache) with ``files``.
+
+    Raises:
+        FileNotFoundError: neither a directory nor something that looks like a hub id, or the hub does not
+            have it.
+        ValueError: a hub id, but huggingface_hub is not installed.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not isinstance(path, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        raise FileNotFoundError(f"no model directory at {path} (and it is not a hub id of the form 'owner/name')")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ValueError(
+            f"no model directory at {path}; to load it as a hub id, install huggingface_hub "
+            "(pip install huggingface_hub), or download the files and pass their directory"
+        ) from error
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(files)))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no model directory at {path}, and the hub did not give it: {reason}") from error
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    name = "cpu" if device == "auto" else str(device)
+    if name.startswith("cuda"):
+        raise ValueError(f"device must be 'auto' or 'cpu': this build has no CUDA kernels, got {name!r}")
+    if name != "cpu":
+        raise ValueError(f"device must be 'auto' or 'cpu', got {name!r}")
+    return torch.device(name)
+
+
+def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    layers = [
+        LayerWeights(
+            input_norm=empty(hidden),
+            qkv=empty(q_size + 2 * kv_size, hidden),
+            qkv_bias=empty(q_size + 2 * kv_size) if config.attention_bias else None,
+            o=empty(hidden, q_size),
+            post_attention_norm=empty(hidden),
+            gate_up=empty(2 * intermediate, hidden),
+            down=empty(hidden, intermediate),
+        )
+        for _ in range(config.num_layers)
+    ]
+    embedding = empty(config.vocab_size, hidden)
+    lm_head = embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden)
+    return Qwen2Weights(embedding=embedding, layers=layers, norm=empty(hidden), lm_head=lm_head)
+
+
+def _targets(config: ModelConfig, weights: Qwen2Weights) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint names with the places (views of fused weights) that they are copied to."""
+    yield "model.embed_tokens.weight", weights.embedding
+    yield "model.norm.weight", weights.norm
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", weights.lm_head
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        yield f"{prefix}.input_layernorm.weight", layer.input_norm
+        yield f"{prefix}.post_attention_layernorm.weight", layer.post_attention_norm
+        for name, part in zip("qkv", torch.split(layer.qkv, [q_size, kv_size, kv_size]), strict=True):
+            yield f"{prefix}.self_attn.{name}_proj.weight", part
+        if layer.qkv_bias is not None:
+            for name, part in zip("qkv", torch.split(layer.qkv_bias, [q_size, kv_size, kv_size]), strict=True):
+                yield f"{prefix}.self_attn.{name}_proj.bias", part
+        yield f"{prefix}.self_attn.o_proj.weight", layer.o
+        gate, up = layer.gate_up.chunk(2)
+        yield f"{prefix}.mlp.gate_proj.weight", gate
+        yield f"{prefix}.mlp.up_proj.weight", up
+        yield f"{prefix}.mlp.down_proj.weight", layer.down
+
+
+def _may_ignore(name: str, config: ModelConfig) -> bool:
+    """Tensors that some checkpoints repeat though they follow: a tied lm_head, rotary frequencies."""
+    return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    file: Path
+    shape: tuple[int, ...]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The single safetensors file, or every shard that the index names.
+
+    Raises:
+        FileNotFoundError: neither is there, or shards are missing (all are named).
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} must have a weight_map of tensor names to files, got {weight_map!r}")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
+        return files
+    if single.is_file():
+        return [single]
+    raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json in {directory}")
+
+
+def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    stored[name] = _Stored(file, tuple(tensors.get_slice(name).get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    return stored
+
+
+def _check_tensors(stored: dict[str, _Stored], targets: dict[str, Tensor], config: ModelConfig) -> None:
+    missing = [name for name in targets if name not in stored]
+    extra = [name for name in stored if name not in targets and not _may_ignore(name, config)]
+    mis_shaped = [
+        f"{name} {list(stored[name].shape)}, not {list(target.shape)}"
+        for name, target in targets.items()
+        if name in stored and stored[name].shape != tuple(target.shape)
+    ]
+    problems = [
+        f"{kind} {len(names)}: {', '.join(sorted(names)[:_NAMES_SHOWN])}"
+        + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+        for kind, names in (("missing", missing), ("unexpected", extra), ("mis-shaped", mis_shaped))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"the checkpoint's tensors do not fit its config; {'; '.join(problems)}")
+
+
+@torch.no_grad()
+def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+    files = _weight_files(directory)
+    stored = _stored_tensors(files)
+    _check_tensors(stored, dict(_targets(config, _empty_weights(config, dtype, torch.device("meta")))), config)
+    weights = _empty_weights(config, dtype, device)
+    targets = dict(_targets(config, weights))
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in (name for name, entry in stored.items() if entry.file == file and name in targets):
+                targets[name].copy_(tensors.get_tensor(name))  # one tensor at a time, cast on the way
+    return weights

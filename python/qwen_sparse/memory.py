@@ -1,0 +1,188 @@
+"""Memory of weights, KV cache and prefill, in bytes: the formula, and what the machine has left."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import PAGE_SIZE, ModelConfig
+from .kv_cache import resolve_kv_cache_dtype
+
+__all__ = [
+    "DEFAULT_CHUNK_TOKENS",
+    "MemoryEstimate",
+    "available_memory",
+    "estimate_memory",
+    "format_bytes",
+    "kv_cache_bytes",
+    "peak_resident_memory",
+    "resident_memory",
+    "weight_elements",
+]
+
+DEFAULT_CHUNK_TOKENS = 4096
+"""Tokens per prefill chunk on CPUs unless the caller says otherwise."""
+
+_DEQUANTIZE_TOKENS = 8192  # tokens that the int8 workspace is filled by at a time
+
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes; see :func:`estimate_memory`."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the four."""
+        return self.weights + self.kv_cache + self.activations + self.workspace
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {format_bytes(getattr(self, field))}"
+            for name, field in (
+                ("weights", "weights"),
+                ("KV cache", "kv_cache"),
+                ("activations", "activations"),
+                ("workspace", "workspace"),
+            )
+        )
+        return f"{format_bytes(self.total)} ({parts})"
+
+
+def weight_elements(config: ModelConfig) -> int:
+    """Number of weights of the model; tied embeddings count once."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * q_size + 2 * kv_size)  # q and o, k and v
+    layer += (q_size + 2 * kv_size) * config.attention_bias
+    layer += 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return config.num_layers * layer + embeddings + config.hidden_size
+
+
+def kv_cache_bytes(config: ModelConfig, seqlen: int, storage_dtype: torch.dtype) -> int:
+    """Bytes of the pages that hold ``seqlen`` tokens in every layer, scales included."""
+    values = 2 * config.num_kv_heads * config.head_dim * storage_dtype.itemsize
+    scales = 2 * config.num_kv_heads * 4 if storage_dtype == torch.int8 else 0
+    return -(-seqlen // PAGE_SIZE) * PAGE_SIZE * config.num_layers * (values + scales)
+
+
+def estimate_memory(
+    config: ModelConfig,
+    seqlen: int,
+    *,
+    batch: int = 1,
+    kv_cache_dtype: str = "auto",
+    dtype: torch.dtype | None = None,
+    chunk_tokens: int | None = None,
+) -> MemoryEstimate:
+    """Memory that serving ``batch`` sequences of ``seqlen`` tokens takes, prefilled one after the other.
+
+    With b bytes per element, T = min(chunk_tokens, seqlen) rows in flight, hidden size E, MLP size I, H query
+    and Hkv kv heads of D, n = seqlen:
+
+    - **weights**: b x all weights; tied embeddings once.
+    - **kv_cache**: batch x layers x Hkv x (2 D x element size, + 8 for the two int8 scales) x n rounded up to
+      pages of 128.
+    - **activations**: T x (2 E b + max(attention, MLP)): the residual and the normalised rows, and the larger
+      of (H + 2 Hkv) D b for q, k, v with their rotations (3 H + Hkv) D b, or (H + Hkv) D b without DCA, the
+      output H D b and LSE 4 H; and H D b + (2 I + E) b for the fused gate and up projections and the MLP's
+      output. The logits of one row, 4 x vocabulary, come on top. Kernel scratch (a tile per thread) is left
+      out.
+    - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b, with the slice that fills
+      them; models with sparse budgets: the selection's scores, 8 H n. Otherwise 0.
+
+    Args:
+        config: the model.
+        seqlen: tokens per sequence.
+        batch: sequences in the cache.
+        kv_cache_dtype: "auto", "bfloat16" or "int8".
+        dtype: of weights and activations; the checkpoint's when None.
+        chunk_tokens: rows per prefill chunk; 4096 when None.
+
+    Raises:
+        ValueError: a size below 1 or an unknown ``kv_cache_dtype``.
+    """
+    chunk_tokens = DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    for name, value in (("seqlen", seqlen), ("batch", batch), ("chunk_tokens", chunk_tokens)):
+        if value < 1:
+            raise ValueError(f"estimate_memory: {name} must be >= 1, got {value}")
+    dtype = config.dtype if dtype is None else dtype
+    storage_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
+    heads, kv_heads, head_dim, item = config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize
+    rotations = 3 * heads + kv_heads if config.dual_chunk else heads + kv_heads
+    attention = (heads + 2 * kv_heads + rotations + heads) * head_dim * item + 4 * heads
+    mlp = (heads * head_dim + 2 * config.intermediate_size + config.hidden_size) * item
+    row = 2 * config.hidden_size * item + max(attention, mlp)
+    workspace = 0
+    if storage_dtype == torch.int8:
+        workspace += 2 * (seqlen + min(seqlen, _DEQUANTIZE_TOKENS)) * kv_heads * head_dim * item
+    if config.sparse is not None:
+        workspace += 8 * heads * seqlen
+    return MemoryEstimate(
+        weights=weight_elements(config) * item,
+        kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
+        activations=min(chunk_tokens, seqlen) * row + 4 * config.vocab_size,
+        workspace=workspace,
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes this process can still take: ``MemAvailable``, or what its control group leaves if that is less.
+
+    None where the system does not say (no /proc); callers then skip the check.
+    """
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    available = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    for directory, limit, usage in _CONTROL_GROUPS:
+        try:
+            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
+            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not this kind of control group, or "max": no limit
+            continue
+        # File pages (a mapped checkpoint, for one) count as used there but are given back on demand.
+        available.append(left + sum(int(stat.get(key, 0)) for key in ("active_file", "inactive_file")))
+    return max(0, min(available)) if available else None
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process in memory now; None where the system does not say (no /proc)."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * resource.getpagesize()
+
+
+def peak_resident_memory() -> int:
+    """Largest resident memory of this process since it started, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_bytes(count: int) -> str:
+    """Decimal units, three significant digits: 822400 -> '822 KB', 57_000_000_000 -> '57.0 GB'."""
+    if count < 1000:
+        return f"{count} B"
+    value, unit = count / 1000, "KB"
+    for larger in ("MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f} {unit}"

@@ -1,0 +1,449 @@
+"""The Qwen2 decoder: weights as plain tensors, and a forward pass for one prefill chunk or decode step.
+
+``Qwen2Model.forward`` takes the next tokens of the one sequence in a cache. Per layer: normalise, project (q,
+k, v fused), rotate, write K and V to the cache, read all keys back, attend, project, and the MLP (gate and up
+fused).
+
+Which attention runs:
+
+- rotations: plain RoPE while the sequence fits the chunk length (Dual Chunk Attention equals it there), else
+  the three rotations of Dual Chunk Attention (arXiv 2402.17463);
+- kernel: vertical-slash attention for a sparse prefill (indexes chosen per layer and prefill chunk,
+  MInference, arXiv 2407.02490), else dense; up to 16 dense rows read the cache's pages directly, more read
+  its workspace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops, rope
+from ..config import ModelConfig
+from ..kv_cache import KVRotation, PagedKVCache, resolve_kv_cache_dtype
+from ..memory import resident_memory
+from ..tokenizer import Tokenizer
+
+__all__ = ["AttentionMode", "ForwardStats", "LayerWeights", "Output", "Phase", "Qwen2Model", "Qwen2Weights"]
+
+DECODE_ROWS = 16
+"""Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
+
+_NORM_ROWS = 256  # rows normalised at a time: float32 temporaries stay in the L2 cache
+
+AttentionMode = Literal["auto", "dense", "sparse"]
+Output = Literal["all", "last", "none"]
+Phase = Literal["linear", "selection", "attention", "cache"]
+
+_ops = torch.ops.qwen_sparse
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. Matrices are ``[out, in]``; biases are None where the config has none."""
+
+    input_norm: Tensor
+    """``[hidden]``."""
+    qkv: Tensor
+    """``[(num_heads + 2 num_kv_heads) head_dim, hidden]``: rows of q, then k, then v."""
+    qkv_bias: Tensor | None
+    o: Tensor
+    """``[hidden, num_heads head_dim]``."""
+    post_attention_norm: Tensor
+    gate_up: Tensor
+    """``[2 intermediate, hidden]``: rows of gate, then up."""
+    down: Tensor
+    """``[hidden, intermediate]``."""
+
+
+@dataclass(frozen=True)
+class Qwen2Weights:
+    """All weights; ``lm_head`` is the embedding itself when they are tied."""
+
+    embedding: Tensor
+    """``[vocab, hidden]``."""
+    layers: Sequence[LayerWeights]
+    norm: Tensor
+    lm_head: Tensor
+    """``[vocab, hidden]``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights; tied embeddings count once."""
+        tensors = [self.embedding, self.norm, self.lm_head]
+        tensors += [tensor for layer in self.layers for tensor in vars(layer).values() if tensor is not None]
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+@dataclass
+class ForwardStats:
+    """What forward passes cost; counts add up over layers, heads and prefill chunks."""
+
+    seconds: dict[Phase, float] = field(
+        default_factory=lambda: {"linear": 0.0, "selection": 0.0, "attention": 0.0, "cache": 0.0}
+    )
+    attended_pairs: int = 0
+    """(row, key) pairs that attention computed."""
+    causal_pairs: int = 0
+    """All causal pairs of the same rows."""
+    peak_memory: int = 0
+    """Largest resident memory of the process seen at a layer's fullest points, bytes."""
+    sampling: bool = False
+    """Whether to look at the resident memory at all."""
+    _mark: float = field(default=0.0, repr=False)
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def lap(self, phase: Phase) -> None:
+        """Book the time since the last lap (or start) under ``phase``."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._mark
+        self._mark = now
+
+    def sample_memory(self) -> None:
+        """Take the resident memory into ``peak_memory``."""
+        if self.sampling:
+            self.peak_memory = max(self.peak_memory, resident_memory() or 0)
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """Rotated queries of one layer ``[n, num_heads, head_dim]``; only ``q`` while plain RoPE does."""
+
+    q: Tensor
+    """Plain, or the intra-chunk rotation."""
+    q_succ: Tensor | None = None
+    q_inter: Tensor | None = None
+    chunk_len: int | None = None
+    q_succ_critical: Tensor | None = None
+    q_inter_critical: Tensor | None = None
+
+    def last(self, rows: int) -> _Rotated:
+        """The last rows, for attention (no critical rotations)."""
+        q_succ, q_inter = (None if q is None else q[-rows:] for q in (self.q_succ, self.q_inter))
+        return _Rotated(self.q[-rows:], q_succ, q_inter, self.chunk_len)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What every layer of one forward pass shares."""
+
+    cache: PagedKVCache
+    start: int
+    end: int
+    positions: Tensor
+    """int64 ``[end - start]``."""
+    scale: float
+    sparse: bool
+    stats: ForwardStats
+
+    def causal_pairs(self, rows: int) -> int:
+        """(row, key) pairs with key <= row of the last ``rows`` rows."""
+        return rows * (2 * self.end - rows + 1) // 2
+
+
+@dataclass(frozen=True)
+class Qwen2Model:
+    """A loaded model; :func:`qwen_sparse.load_model` makes one."""
+
+    config: ModelConfig
+    weights: Qwen2Weights
+    dtype: torch.dtype
+    """Of weights and activations."""
+    device: torch.device
+    kv_cache_dtype: str = "auto"
+    max_seq_len: int | None = None
+    """Most tokens of a sequence; None: limited by memory only."""
+    attention: AttentionMode = "auto"
+    path: Path | None = None
+    """Directory that the model was loaded from."""
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("auto", "dense", "sparse"):
+            raise ValueError(f"attention must be 'auto', 'dense' or 'sparse', got {self.attention!r}")
+        if self.attention == "sparse" and self.config.sparse is None:
+            raise ValueError(
+                "attention 'sparse' needs budgets (sparse_attention_config.json beside the model, or "
+                "sparse_attention_config inside dual_chunk_attention_config); this model has none"
+            )
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise ValueError(f"max_seq_len must be >= 1 or None, got {self.max_seq_len}")
+        resolve_kv_cache_dtype(self.kv_cache_dtype, self.dtype)
+
+    def with_options(
+        self,
+        *,
+        attention: AttentionMode | None = None,
+        kv_cache_dtype: str | None = None,
+        config: ModelConfig | None = None,
+    ) -> Qwen2Model:
+        """The same weights with another attention, cache dtype or config (its sizes must stay).
+
+        Example:
+            >>> plain = model.with_options(config=dataclasses.replace(model.config, dual_chunk=None))
+
+        Raises:
+            ValueError: an unknown value, or sparse attention without budgets.
+        """
+        return replace(
+            self,
+            attention=self.attention if attention is None else attention,
+            kv_cache_dtype=self.kv_cache_dtype if kv_cache_dtype is None else kv_cache_dtype,
+            config=self.config if config is None else config,
+        )
+
+    @cached_property
+    def inv_freq(self) -> Tensor:
+        """float64 ``[head_dim / 2]``, radians per position."""
+        return rope.inverse_frequencies(self.config).to(self.device)
+
+    @cached_property
+    def attention_factor(self) -> float:
+        """YaRN's factor on cos and sin."""
+        return rope.attention_factor(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the model.
+
+        Raises:
+            FileNotFoundError: the model has no directory or no tokenizer.json.
+        """
+        if self.path is None:
+            raise FileNotFoundError("this model was not loaded from a directory; give a tokenizer explicitly")
+        return Tokenizer.from_directory(self.path)
+
+    @cached_property
+    def _kv_rotation(self) -> KVRotation:
+        config = self.config
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        biases = [layer.qkv_bias for layer in self.weights.layers]
+        k_bias = [
+            bias[q_size : q_size + kv_size].float().view(config.num_kv_heads, config.head_dim)
+            for bias in biases
+            if bias is not None
+        ]
+        return KVRotation(
+            self.inv_freq,
+            self.attention_factor,
+            chunk_len=config.dual_chunk.chunk_len if config.dual_chunk else None,
+            k_bias=k_bias or None,
+        )
+
+    def new_cache(self, capacity: int = 0) -> PagedKVCache:
+        """An empty KV cache for this model with room for ``capacity`` tokens; it grows on demand."""
+        return PagedKVCache(
+            self.config,
+            dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            capacity=capacity,
+            rotation=self._kv_rotation,
+            device=self.device,
+        )
+
+    def prefills_sparse(self, prompt_len: int) -> bool:
+        """Whether a prompt of this many tokens, cached ones included, is prefilled with sparse attention."""
+        sparse = self.config.sparse
+        if self.attention != "auto" or sparse is None:
+            return self.attention == "sparse"
+        return sparse.enabled and prompt_len > sparse.threshold
+
+    def softmax_scale(self, seqlen: int) -> float:
+        """head_dim^-1/2, times m squared of Dual Chunk Attention for a sequence beyond the trained length."""
+        scale: float = self.config.head_dim**-0.5
+        if self.config.dual_chunk is not None:
+            original = self.config.dual_chunk.original_max_position_embeddings
+            scale *= rope.dual_chunk_temperature(seqlen, original) ** 2
+        return scale
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: PagedKVCache,
+        *,
+        prompt_len: int = 0,
+        sparse: bool = False,
+        output: Output = "last",
+        stats: ForwardStats | None = None,
+    ) -> Tensor | None:
+        """Run the next tokens of the cached sequence and commit them to the cache.
+
+        Args:
+            input_ids: int64 ``[n]``, on the model's device.
+            cache: tokens so far; grows by n, or stays as it was if anything is raised.
+            prompt_len: length of the whole prompt when this is one of its prefill chunks; the temperature of
+                Dual Chunk Attention follows the larger of it and the current length.
+            sparse: vertical-slash attention, with indexes chosen from this chunk's last rows.
+            output: "all" rows' logits, those of the "last" row, or "none".
+            stats: counters to add to.
+
+        Returns:
+            float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none".
+        """
+        stats = ForwardStats() if stats is None else stats
+        stats.start()
+        num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
+        end = cache.seqlen + num_rows
+        step = _Step(
+            cache=cache,
+            start=cache.seqlen,
+            end=end,
+            positions=torch.arange(cache.seqlen, end, device=self.device),
+            scale=self.softmax_scale(max(prompt_len, end)),
+            sparse=sparse,
+            stats=stats,
+        )
+        # Behind the last layer's keys and values, only rows that logits are wanted of go on.
+        output_rows = {"all": num_rows, "last": 1, "none": 0}[output]
+        hidden = F.embedding(input_ids, self.weights.embedding)
+        for layer in range(last_layer + 1):
+            hidden = self._layer(layer, hidden, output_rows if layer == last_layer else num_rows, step)
+        cache.commit(num_rows)
+        if output == "none":
+            return None
+        hidden = _rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        logits = F.linear(hidden, self.weights.lm_head).float()
+        stats.lap("linear")
+        return logits if output == "all" else logits[0]
+
+    def _layer(self, layer: int, hidden: Tensor, rows: int, step: _Step) -> Tensor:
+        """One decoder layer: all K and V are cached, the last ``rows`` rows are returned."""
+        config, weights, stats = self.config, self.weights.layers[layer], step.stats
+        normed = _rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
+        qkv = F.linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        rotated, k = self._rotate(q, k, step)
+        stats.lap("linear")
+        step.cache.append(layer, k, v, step.start)
+        stats.lap("cache")
+        if rows == 0:
+            return hidden[:0]
+        attended = self._attend(layer, rotated, rows, step)
+        stats.sample_memory()
+        del normed, qkv, q, k, v, rotated  # the MLP's activations take their place
+        hidden = hidden[-rows:] + F.linear(attended.flatten(1), weights.o)
+        normed = _rms_norm(hidden, weights.post_attention_norm, config.rms_norm_eps)
+        gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
+        gate = F.silu(gate, inplace=True).mul_(up)
+        stats.sample_memory()
+        hidden += F.linear(gate, weights.down)
+        stats.lap("linear")
+        return hidden
+
+    def _rotate(self, q: Tensor, k: Tensor, step: _Step) -> tuple[_Rotated, Tensor]:
+        """Queries in every rotation that attention needs, and keys."""
+        dual_chunk, sparse = self.config.dual_chunk, self.config.sparse
+        if dual_chunk is None or step.end <= dual_chunk.chunk_len:
+            rotated = ops.rotary(q, k, step.positions, self.inv_freq, attention_factor=self.attention_factor)
+            return _Rotated(rotated[0]), rotated[1]
+        rotated = ops.rotary(
+            q,
+            k,
+            step.positions,
+            self.inv_freq,
+            attention_factor=self.attention_factor,
+            chunk_size=dual_chunk.chunk_size,
+            chunk_len=dual_chunk.chunk_len,
+            critical_rows=sparse.last_q if step.sparse and sparse is not None else 0,
+        )
+        q_intra, q_succ, q_inter, k, q_succ_critical, q_inter_critical = cast(ops.DualChunkRotary, rotated)
+        return _Rotated(q_intra, q_succ, q_inter, dual_chunk.chunk_len, q_succ_critical, q_inter_critical), k
+
+    def _attend(self, layer: int, q: _Rotated, rows: int, step: _Step) -> Tensor:
+        """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
+        stats, pairs = step.stats, step.causal_pairs(rows) * self.config.num_heads
+        stats.causal_pairs += pairs
+        if step.sparse:
+            out, attended = self._attend_sparse(layer, q, rows, step)
+            stats.attended_pairs += attended
+        elif rows <= DECODE_ROWS:
+            out = self._attend_pages(layer, q.last(rows), step)
+            stats.attended_pairs += pairs
+        else:
+            k, v = step.cache.workspace(layer, step.end)
+            stats.lap("cache")
+            out = _dense(q.last(rows), k, v, step.scale)
+            stats.attended_pairs += pairs
+        stats.lap("attention")
+        return out
+
+    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, step: _Step) -> tuple[Tensor, int]:
+        """Vertical-slash attention with freshly chosen indexes, and how many pairs it attended."""
+        sparse = self.config.sparse
+        if sparse is None:
+            raise ValueError("forward: sparse needs budgets, and this model has none")
+        k, v = step.cache.workspace(layer, step.end)
+        step.stats.lap("cache")
+        vertical, slash = ops.select_vertical_slash(
+            q.q,
+            k,
+            vertical_size=sparse.vertical_sizes[layer],
+            slash_size=sparse.slash_sizes[layer],
+            last_q=sparse.last_q,
+            softmax_scale=step.scale,
+            q_succ=q.q_succ_critical,
+            q_inter=q.q_inter_critical,
+            chunk_len=q.chunk_len,
+        )
+        step.stats.lap("selection")
+        # The torch ops, not their wrappers: they also count what was attended.
+        q = q.last(rows)
+        if q.chunk_len is None:
+            out, _, attended = _ops.vertical_slash_attention(q.q, k, v, vertical, slash, step.scale)
+        else:
+            out, _, attended = _ops.dual_chunk_attention(
+                q.q, q.q_succ, q.q_inter, k, v, q.chunk_len, vertical, slash, step.scale
+            )
+        return out, int(attended.sum())
+
+    def _attend_pages(self, layer: int, q: _Rotated, step: _Step) -> Tensor:
+        """Dense attention of a few rows, read from the pages."""
+        cache, pages = step.cache, step.cache.pages(layer)
+        biases = self._kv_rotation.k_bias if cache.is_int8 else None
+        out = ops.decode_attention(
+            q.q[None],
+            pages.k,
+            pages.v,
+            cache.block_table,
+            torch.tensor([step.end], dtype=torch.int32, device=self.device),
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            k_bias=None if biases is None else biases[layer],
+            inv_freq=None if biases is None else self.inv_freq,
+            attention_factor=self.attention_factor,
+            q_succ=None if q.q_succ is None else q.q_succ[None],
+            q_inter=None if q.q_inter is None else q.q_inter[None],
+            chunk_len=q.chunk_len,
+            softmax_scale=step.scale,
+        )
+        return cast(Tensor, out)[0]
+
+
+def _dense(q: _Rotated, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.chunk_len is None or q.q_succ is None or q.q_inter is None:
+        return cast(Tensor, ops.attention(q.q, k, v, softmax_scale=scale))
+    return cast(
+        Tensor,
+        ops.dual_chunk_attention(q.q, q.q_succ, q.q_inter, k, v, chunk_len=q.chunk_len, softmax_scale=scale),
+    )
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float32, rounded to the model's dtype before the weight (as transformers does)."""
+    out = torch.empty_like(x)
+    for rows, target in zip(torch.split(x, _NORM_ROWS), torch.split(out, _NORM_ROWS), strict=True):
+        wide = rows.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        torch.mul(wide.to(x.dtype), weight, out=target)
+    return out

@@ -1,0 +1,246 @@
+"""Chunked prefill: a prompt into the KV cache, one prefill chunk at a time (arXiv 2501.15383).
+
+Activations live for one prefill chunk, so their memory does not grow with the prompt. Every whole chunk is
+committed to the cache: an interrupt or an error loses at most the chunk that was running.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .kv_cache import PagedKVCache, resolve_kv_cache_dtype
+from .memory import (
+    DEFAULT_CHUNK_TOKENS,
+    available_memory,
+    estimate_memory,
+    format_bytes,
+    kv_cache_bytes,
+    peak_resident_memory,
+)
+from .models.qwen2 import DECODE_ROWS, ForwardStats, Phase, Qwen2Model
+
+__all__ = ["PrefillResult", "PrefillStats", "check_request", "prefill", "token_tensor"]
+
+_BLOCK_M = 64  # rows of a block of sparse attention; also the rows that vote in selection by default
+
+
+@dataclass(frozen=True)
+class PrefillStats:
+    """What a prefill cost."""
+
+    tokens: int
+    """New tokens (those already cached are not counted)."""
+    seconds: dict[Phase, float]
+    """By phase: linear (embedding, norms, projections, rotary, MLP, logits), selection, attention, cache."""
+    total_seconds: float
+    """Wall time of the call."""
+    density: float
+    """Attended pairs over causal pairs of the same rows, mean over layers and heads; 1 when dense."""
+    peak_memory: int
+    """Largest resident memory of the process during the call, bytes: exact when the call set a new record for
+    the process, else the largest value seen at the fullest points of every layer."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over wall time."""
+        return self.tokens / self.total_seconds
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What :func:`prefill` returns."""
+
+    logits: Tensor
+    """float32 ``[vocab]`` of the last position, or ``[n, vocab]`` of every new position."""
+    cache: PagedKVCache
+    stats: PrefillStats
+
+
+def prefill(
+    model: Qwen2Model,
+    input_ids: Sequence[int] | Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    cache: PagedKVCache | None = None,
+    progress: bool = False,
+    logits: Literal["last", "all"] = "last",
+) -> PrefillResult:
+    """Run a prompt through the model and keep its keys and values.
+
+    Args:
+        model: the model.
+        input_ids: the new tokens, a sequence of ints or an integer tensor ``[n]``.
+        chunk_tokens: rows per prefill chunk; 4096 when None. Dense results do not depend on it up to
+            rounding; sparse indexes are chosen once per chunk.
+        cache: continue this cache (``model.new_cache()`` or an earlier result's); a new one when None. When
+            anything is raised on the way, it holds the whole chunks that were finished, and can be used.
+        progress: show a bar with tokens per second and the time left.
+        logits: of the "last" position, or of "all" new positions (n x vocabulary x 4 bytes).
+
+    Returns:
+        Logits, cache and statistics. Up to 16 new tokens on top of a cache are a decode step: dense.
+
+    Raises:
+        ValueError: empty or out-of-range tokens, a foreign cache, or a sequence over ``model.max_seq_len``.
+        MemoryError: the estimate of what this call adds exceeds the memory that is left (before any work).
+
+    Example:
+        >>> first = prefill(model, tokens, progress=True)
+        >>> second = prefill(model, more_tokens, cache=first.cache)
+    """
+    if logits not in ("last", "all"):
+        raise ValueError(f"prefill: logits must be 'last' or 'all', got {logits!r}")
+    chunk_tokens = DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    tokens = token_tensor(model, input_ids)
+    cached = 0 if cache is None else cache.seqlen
+    total = cached + tokens.shape[0]
+    check_request(model, tokens.shape[0], cache=cache, chunk_tokens=chunk_tokens, all_logits=logits == "all")
+
+    began, record = time.perf_counter(), peak_resident_memory()
+    cache = model.new_cache() if cache is None else cache
+    cache.reserve(total)
+    sparse = model.prefills_sparse(total) and not (cached and tokens.shape[0] <= DECODE_ROWS)
+    stats = ForwardStats(sampling=True)
+    outputs = []
+    ends = chunk_ends(cached, total, chunk_tokens)
+    try:
+        with tqdm(total=tokens.shape[0], desc="prefill", unit="tok", unit_scale=True, disable=not progress) as bar:
+            for start, end in zip([cached, *ends], ends, strict=False):
+                output = model.forward(
+                    tokens[start - cached : end - cached],
+                    cache,
+                    prompt_len=total,
+                    sparse=sparse,
+                    output="all" if logits == "all" else "last" if end == total else "none",
+                    stats=stats,
+                )
+                if output is not None:
+                    outputs.append(output)
+                bar.update(end - start)
+    finally:
+        cache.release_workspace()
+
+    peak = peak_resident_memory()
+    return PrefillResult(
+        # A copy made outside inference mode: callers may change it in place.
+        logits=torch.cat(outputs) if logits == "all" else outputs[-1].clone(),
+        cache=cache,
+        stats=PrefillStats(
+            tokens=tokens.shape[0],
+            seconds=stats.seconds,
+            total_seconds=time.perf_counter() - began,
+            density=stats.attended_pairs / stats.causal_pairs,
+            peak_memory=peak if peak > record else stats.peak_memory,
+        ),
+    )
+
+
+def chunk_ends(start: int, total: int, chunk_tokens: int) -> list[int]:
+    """Positions where prefill chunks end: each at most ``chunk_tokens`` long, cut between blocks of 64 rows.
+
+    A last chunk of fewer than 64 rows would leave the choice of sparse indexes to those few; it gets a block
+    from the chunk before where that has one to give.
+    """
+    ends: list[int] = []
+    while start < total:
+        end = min(start + chunk_tokens, total)
+        if end < total and end // _BLOCK_M * _BLOCK_M > start:
+            end = end // _BLOCK_M * _BLOCK_M
+            if total - end < _BLOCK_M and end - _BLOCK_M > start and total - end + _BLOCK_M <= chunk_tokens:
+                end -= _BLOCK_M
+        ends.append(end)
+        start = end
+    return ends
+
+
+def token_tensor(model: Qwen2Model, input_ids: Sequence[int] | Tensor) -> Tensor:
+    """``input_ids`` as int64 ``[n]`` on the model's device.
+
+    Raises:
+        ValueError: not one-dimensional, empty, not integers, or an id outside the vocabulary.
+    """
+    if isinstance(input_ids, str):
+        raise ValueError("input_ids must be token ids (see model.tokenizer.encode), got a string")
+    try:
+        tokens = input_ids if isinstance(input_ids, Tensor) else torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"input_ids must be a flat sequence of integers: {error}") from error
+    if tokens.ndim != 1 or tokens.shape[0] == 0:
+        raise ValueError(f"input_ids must have shape [n] with n >= 1, got {list(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers, got {tokens.dtype}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.config.vocab_size:
+        raise ValueError(
+            f"input_ids must be in [0, vocab_size = {model.config.vocab_size}), got {low if low < 0 else high}"
+        )
+    return tokens.to(device=model.device, dtype=torch.int64)
+
+
+def check_request(
+    model: Qwen2Model,
+    num_tokens: int,
+    *,
+    cache: PagedKVCache | None,
+    chunk_tokens: int,
+    max_new_tokens: int = 0,
+    all_logits: bool = False,
+) -> None:
+    """Refuse a prompt that cannot work, before work starts.
+
+    Args:
+        model: the model.
+        num_tokens: new prompt tokens.
+        cache: what they continue.
+        chunk_tokens: rows per prefill chunk.
+        max_new_tokens: tokens to generate after the prompt.
+        all_logits: whether the logits of every row are kept.
+
+    Raises:
+        ValueError: a bad chunk size, a cache of another model, or a sequence longer than ``max_seq_len``.
+        MemoryError: weights aside, the estimate exceeds what is available; the message has both.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"prefill: chunk_tokens must be >= 1, got {chunk_tokens}")
+    if cache is not None:
+        _check_cache(model, cache)
+    cached = 0 if cache is None else cache.seqlen
+    total = cached + num_tokens + max_new_tokens
+    if model.max_seq_len is not None and total > model.max_seq_len:
+        parts = f"{cached} cached + {num_tokens} prompt + {max_new_tokens} new = {total}"
+        raise ValueError(f"the sequence must have at most max_seq_len = {model.max_seq_len} tokens, got {parts}")
+    available = available_memory()
+    if available is None:
+        return
+    storage = resolve_kv_cache_dtype(model.kv_cache_dtype, model.dtype) if cache is None else cache.storage_dtype
+    estimate = estimate_memory(
+        model.config,
+        total,
+        kv_cache_dtype="int8" if storage == torch.int8 else "auto",
+        dtype=model.dtype,
+        chunk_tokens=min(chunk_tokens, num_tokens),
+    )
+    reserved = 0 if cache is None else kv_cache_bytes(model.config, cache.capacity, storage)
+    needed = estimate.total - estimate.weights - min(reserved, estimate.kv_cache)
+    needed += 4 * num_tokens * model.config.vocab_size * all_logits
+    if needed > available:
+        raise MemoryError(
+            f"a sequence of {total} tokens is estimated to need {format_bytes(needed)} more memory, and "
+            f"{format_bytes(available)} are available; estimate for all: {estimate}. "
+            "A smaller chunk_tokens lowers activations, kv_cache_dtype='int8' the KV cache"
+        )
+
+
+def _check_cache(model: Qwen2Model, cache: PagedKVCache) -> None:
+    if cache.config != model.config or cache.dtype != model.dtype or cache.device != model.device:
+        raise ValueError(
+            "cache must come from this model (same config, dtype and device): use model.new_cache(), got "
+            f"{cache!r} of another one"
+        )

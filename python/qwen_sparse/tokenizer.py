@@ -1,0 +1,176 @@
+"""Text and tokens: ``tokenizer.json`` through ``tokenizers``, the chat template through a jinja2 sandbox."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+
+from .config import read_json
+
+__all__ = ["StreamDecoder", "Tokenizer"]
+
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A tokenizer with its chat template.
+
+    Args:
+        backend: the ``tokenizers`` object.
+        chat_template: jinja2 source; None if the model has none.
+        special_tokens: variables the template may use, such as ``bos_token`` and ``eos_token``.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """From ``tokenizer.json``, with ``tokenizer_config.json`` and ``chat_template.jinja`` if any.
+
+        Raises:
+            FileNotFoundError: there is no tokenizer.json.
+            ValueError: a file cannot be parsed.
+        """
+        path = Path(path)
+        file, config_file, template_file = (
+            path / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        )
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {path}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{file} is not a tokenizer: {error}") from error
+        config = read_json(config_file) if config_file.is_file() else {}
+        template = _default_template(config.get("chat_template"), config_file)
+        if template_file.is_file():
+            template = template_file.read_text(encoding="utf-8")
+        special = {
+            name: value["content"] if isinstance(value, Mapping) else value
+            for name, value in config.items()
+            if name.endswith("_token") and isinstance(value, (str, Mapping))
+        }
+        return cls(backend, chat_template=template, special_tokens=special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of ``text``; special tokens spelled out in it become their ids.
+
+        ``add_special_tokens`` also adds those that the tokenizer's post-processor puts around a text.
+        """
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation to text, in a sandbox: a template cannot reach or change Python objects.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` in order.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            variables: more template variables, such as ``tools``.
+
+        Raises:
+            ValueError: there is no chat template, or the template refuses the messages or fails.
+
+        Example:
+            >>> tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
+        """
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja)")
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+        environment.filters["tojson"] = _tojson
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+                **variables,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+
+
+class StreamDecoder:
+    """Turns a stream of tokens into a stream of text without ever splitting a UTF-8 character.
+
+    Text that ends in bytes of an unfinished character is held back until later tokens finish it, or until
+    :meth:`flush`. The concatenation of all pieces equals decoding all tokens at once (with a byte-fallback decoder,
+    which Qwen's is not: for valid UTF-8).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # tokens of the last piece: some decoders treat a text's start apart
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        self._pending.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """What is still held back; an unfinished character becomes U+FFFD."""
+        text = self._new_text()
+        self._context, self._pending = self._pending, []
+        return text
+
+    def _new_text(self) -> str:
+        context = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(context) :]
+
+
+def _default_template(template: object, file: Path) -> str | None:
+    """A template is a string, or a list of named ones of which "default" is used."""
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{file}: chat_template must have an entry named 'default', got {sorted(named)}")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{file}: chat_template must be a string or a list, got {type(template).__name__}")
+    return template
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,152 @@
+"""Shared fixtures: random checkpoints, written to disk as Hugging Face does, and a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from qwen_sparse import _C
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+TINY: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 260,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+"""config.json of the smallest model the package takes; 256 byte tokens, then EOS and three more special tokens."""
+
+DUAL_CHUNK = {"chunk_size": 256, "local_size": 128, "original_max_position_embeddings": 256}
+
+
+def random_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Weights scaled so that every layer, bias and position shows in the logits; key biases are large, as Qwen2's."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, intermediate, vocab = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    q_size = config["num_attention_heads"] * config["head_dim"]
+    kv_size = config["num_key_value_heads"] * config["head_dim"]
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
+
+    def vector(size: int, mean: float, spread: float) -> Tensor:
+        return mean + spread * torch.randn(size, generator=generator)
+
+    tensors = {
+        "model.embed_tokens.weight": matrix(vocab, hidden, hidden**0.5),
+        "model.norm.weight": vector(hidden, 1, 0.1),
+    }
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = matrix(vocab, hidden, 2.0)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = vector(hidden, 1, 0.1)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = vector(hidden, 1, 0.1)
+        for name, size, bias in (("q", q_size, 0.5), ("k", kv_size, 2.0), ("v", kv_size, 0.5)):
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(size, hidden)
+            if config.get("attention_bias", True):
+                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = vector(size, 0, bias)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, q_size)
+        tensors[f"{prefix}.mlp.gate_proj.weight"] = matrix(intermediate, hidden)
+        tensors[f"{prefix}.mlp.up_proj.weight"] = matrix(intermediate, hidden)
+        tensors[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, intermediate)
+    return tensors
+
+
+def budgets(config: dict[str, Any], vertical: int, slash: int) -> list[dict[str, list[Any]]]:
+    """The same (V, S) for every head, in the published format."""
+    heads = {str(head): ["vertical_and_slash", vertical, slash, 0.9] for head in range(config["num_attention_heads"])}
+    return [dict(heads) for _ in range(config["num_hidden_layers"])]
+
+
+WriteCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path: Path) -> WriteCheckpoint:
+    """``write_checkpoint(name="model", seed=0, shards=1, sparse=None, tokenizer=False, **config) ->
+    directory``.
+
+    ``sparse=(V, S)`` also writes sparse_attention_config.json.
+    """
+
+    def write(
+        name: str = "model",
+        *,
+        seed: int = 0,
+        shards: int = 1,
+        sparse: tuple[int, int] | None = None,
+        tokenizer: bool = False,
+        **overrides: Any,
+    ) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        config = {**TINY, **overrides}
+        (directory / "config.json").write_text(json.dumps(config))
+        save_tensors(directory, random_tensors(config, seed), shards)
+        if sparse is not None:
+            (directory / "sparse_attention_config.json").write_text(json.dumps(budgets(config, *sparse)))
+        if tokenizer:
+            byte_tokenizer().save(str(directory / "tokenizer.json"))
+        return directory
+
+    return write
+
+
+def save_tensors(directory: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """model.safetensors, or ``shards`` files with their index."""
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensor for i, (name, tensor) in enumerate(sorted(tensors.items())) if i % shards == shard}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token per byte (id = byte), as byte-level BPE without merges; 256 to 258 are special tokens."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # GPT-2's byte alphabet
+    hidden = [byte for byte in range(256) if byte not in visible]
+    vocab = {chr(byte): byte for byte in visible}
+    vocab |= {chr(256 + number): byte for number, byte in enumerate(hidden)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+@pytest.fixture(params=_C.cpu_features()["supported"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with the kernels of each instruction set that this CPU has."""
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa("")

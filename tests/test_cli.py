@@ -1,0 +1,213 @@
+"""The command line: output, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import qwen_sparse
+from conftest import DUAL_CHUNK, WriteCheckpoint
+from qwen_sparse import generate_text, load_model
+from qwen_sparse.cli import main
+
+
+@pytest.fixture
+def checkpoint(write_checkpoint: WriteCheckpoint) -> Path:
+    return write_checkpoint(tokenizer=True, sparse=(40, 110), dual_chunk_attention_config=DUAL_CHUNK)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
+    code = main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "".join(generate_text(load_model(checkpoint), "The sky", max_new_tokens=8))
+    arguments = ["generate", "--model", checkpoint, "--prompt", "The sky", "--max-new-tokens", "8"]
+    assert run(capsys, *arguments) == (0, expected + "\n", "")
+    code, out, err = run(capsys, *arguments, "--progress")
+    assert (code, out) == (0, expected + "\n")
+    assert "prefill: 100%" in err
+
+
+def test_prompt_from_a_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(checkpoint)
+    expected = "".join(generate_text(model, "Grüße\n\nWhat?", max_new_tokens=4)) + "\n"
+    (tmp_path / "text.txt").write_text("Grüße", encoding="utf-8")
+    options = ["--prompt", "What?", "--max-new-tokens", "4"]
+    assert run(capsys, "generate", "--model", checkpoint, "--file", tmp_path / "text.txt", *options)[1] == expected
+    monkeypatch.setattr("sys.stdin", (tmp_path / "text.txt").open(encoding="utf-8"))
+    assert run(capsys, "generate", "--model", checkpoint, "--file", "-", *options)[1] == expected
+
+
+def test_options_reach_the_model(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def spy(model: object, prompt: object, **options: object) -> list[str]:
+        seen.update(options, model=model, prompt=prompt)
+        return ["text"]
+
+    monkeypatch.setattr("qwen_sparse.cli.generate_text", spy)
+    options = "--sparse --kv-cache-dtype int8 --dtype bfloat16 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3"
+    options += " --repetition-penalty 1.1 --stop END --stop STOP --chunk-tokens 64 --max-seq-len 300 --truncate tail"
+    code, out, _ = run(
+        capsys, "generate", "--model", checkpoint, "--prompt", "x" * 400, "--max-new-tokens", "9", *options.split()
+    )
+    assert (code, out) == (0, "text\n")
+    model = seen.pop("model")
+    assert isinstance(model, qwen_sparse.models.qwen2.Qwen2Model)
+    assert (model.attention, model.kv_cache_dtype, str(model.dtype)) == ("sparse", "int8", "torch.bfloat16")
+    assert seen.pop("prompt") == [ord("x")] * 291
+    assert seen == {
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "repetition_penalty": 1.1,
+        "stop": ["END", "STOP"],
+        "seed": 3,
+        "chunk_tokens": 64,
+        "progress": False,
+    }
+    run(capsys, "generate", "--model", checkpoint, "--prompt", "x", "--dense")
+    assert seen["model"].attention == "dense"
+
+
+def test_chat(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(source)
+    expected = "".join(generate_text(load_model(checkpoint), "[system]Brief.[user]Hi", max_new_tokens=4)) + "\n"
+    arguments = ["--prompt", "Hi", "--chat", "--system", "Brief.", "--max-new-tokens", "4"]
+    assert run(capsys, "generate", "--model", checkpoint, *arguments)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --prompt, --file or both"),
+        (["--file", "absent.txt"], "absent.txt"),
+        (["--prompt", "x", "--system", "y"], "--system goes with --chat"),
+        (["--prompt", "x", "--chat"], "this tokenizer has no chat template"),
+        (["--prompt", "x", "--dtype", "int4"], "dtype must be one of bfloat16, float16, float32, got 'int4'"),
+        (["--prompt", "x", "--threads", "0"], "--threads must be >= 1, got 0"),
+        (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--prompt", "x", "--truncate", "tail"], "--truncate needs --max-seq-len"),
+        (["--prompt", "x" * 50, "--max-seq-len", "40", "--max-new-tokens", "5"], "max_seq_len = 40 tokens"),
+    ],
+)
+def test_errors_are_one_line(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, "generate", "--model", checkpoint, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("qwen-sparse generate: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_wrong_model_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "memory", "--model", tmp_path)
+    assert code == 2
+    assert err == f"qwen-sparse memory: no config.json in {tmp_path}\n"
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--prompt", "x"])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "m", "--prompt", "x", "--dense", "--sparse"])
+
+
+def test_interrupt(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen_sparse.cli.load_model", interrupted)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x")
+    assert (code, err) == (130, "\ninterrupted\n")
+
+
+def test_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "model.safetensors").unlink()  # config.json is enough
+    options = ["--context", "1000", "50000", "--batch", "1", "32", "--dtype", "bfloat16"]
+    code, out, err = run(capsys, "memory", "--model", checkpoint, *options)
+    assert (code, err) == (0, "")
+    *table, line = out.splitlines()
+    records = json.loads(line)
+    assert len(table) == 2 + len(records) == 10
+    config = qwen_sparse.config.ModelConfig.from_directory(checkpoint)
+    for row, record in zip(table[2:], records, strict=True):
+        estimate = qwen_sparse.estimate_memory(
+            config,
+            record["context"],
+            batch=record["batch"],
+            kv_cache_dtype=record["kv_cache_dtype"],
+            dtype=qwen_sparse.config.parse_dtype("bfloat16"),
+        )
+        assert record["total"] == estimate.total
+        assert record["kv_cache"] == estimate.kv_cache
+        assert row.split()[:3] == [f"{record['context']:,}", str(record["batch"]), record["kv_cache_dtype"]]
+        assert row.endswith(qwen_sparse.memory.format_bytes(estimate.total))
+    assert [record["kv_cache_dtype"] for record in records] == ["bfloat16", "int8"] * 4
+
+
+def test_memory_defaults_to_what_the_model_is_for(
+    write_checkpoint: WriteCheckpoint, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contexts(directory: Path) -> list[int]:
+        return [
+            record["context"] for record in json.loads(run(capsys, "memory", "--model", directory)[1].splitlines()[-1])
+        ]
+
+    assert max(contexts(checkpoint)) == 2**20
+    assert max(contexts(write_checkpoint("plain", max_position_embeddings=32768))) == 32768
+
+
+def test_demo_is_dispatched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = types.ModuleType("qwen_sparse.demo")
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--lengths", type=int)
+
+    demo.add_arguments = add_arguments  # type: ignore[attr-defined]
+    demo.run = lambda args: args.lengths  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qwen_sparse.demo", demo)
+    monkeypatch.setattr(qwen_sparse, "demo", demo, raising=False)
+    assert main(["demo", "--lengths", "7"]) == 7
+
+
+def test_as_a_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "qwen_sparse.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("generate", "memory", "demo"):
+        assert command in result.stdout
+    version = subprocess.run(
+        [sys.executable, "-m", "qwen_sparse.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout == f"qwen-sparse {qwen_sparse.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ("sys.modules['torch'] = None", "qwen_sparse needs torch >= 2.10, and torch cannot be imported"),
+        ("import torch; torch.__version__ = '2.9.1'", "qwen_sparse needs torch >= 2.10, got torch 2.9.1"),
+        ("sys.modules['qwen_sparse._C'] = None", "the extension module qwen_sparse._C cannot be imported"),
+    ],
+    ids=["no_torch", "old_torch", "no_extension"],
+)
+def test_import_errors(setup: str, message: str) -> None:
+    code = f"import sys; {setup}\nimport qwen_sparse"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"ImportError: {message}" in result.stderr

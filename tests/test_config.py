@@ -1,0 +1,229 @@
+"""config.json and budgets: what is read, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import DUAL_CHUNK, TINY, budgets
+from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, parse_dtype
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+QWEN25_7B_1M = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "dual_chunk_attention_config": {
+        "chunk_size": 262144,
+        "local_size": 8192,
+        "original_max_position_embeddings": 262144,
+    },
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 1010000,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def test_million_token_config() -> None:
+    config = ModelConfig.from_dict(QWEN25_7B_1M)
+    assert config == ModelConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        max_position_embeddings=1010000,
+        rope=RopeConfig(rope_theta=1e7),
+        rms_norm_eps=1e-5,
+        dtype=torch.bfloat16,
+        eos_token_ids=(151645,),
+        dual_chunk=DualChunkConfig(262144, 8192, 262144),
+    )
+    assert config.dual_chunk is not None
+    assert config.dual_chunk.chunk_len == 253952
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
+    ],
+    ids=["type", "rope_type", "rope_parameters"],
+)
+def test_yarn_spellings(spelling: dict[str, Any]) -> None:
+    rope = ModelConfig.from_dict({**TINY, **spelling}).rope
+    assert rope == RopeConfig(rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768)
+
+
+def test_plain_rope_spellings() -> None:
+    old = ModelConfig.from_dict({**TINY, "rope_theta": 5e5, "rope_scaling": None})
+    new = ModelConfig.from_dict(
+        {**TINY, "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    )
+    assert old.rope == new.rope == RopeConfig(rope_theta=5e5)
+
+
+@pytest.mark.parametrize("keys", [{"torch_dtype": "bfloat16"}, {"torch_dtype": None, "dtype": "bfloat16"}])
+def test_dtype_spellings(keys: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict({**TINY, **keys}).dtype == torch.bfloat16
+
+
+def test_parse_dtype() -> None:
+    assert parse_dtype("torch.float16") == parse_dtype(torch.float16) == torch.float16
+    with pytest.raises(ValueError, match=r"dtype must be one of bfloat16, float16, float32, got 'float64'"):
+        parse_dtype("float64")
+    with pytest.raises(ValueError, match=r"got torch.int8"):
+        parse_dtype(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures must be .*got .'LlamaForCausalLM'"),
+        ({"architectures": None, "model_type": "qwen3"}, "architectures must be"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window must be false"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be 'full_attention'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights are not supported, got 'gptq'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type must be 'default' or 'yarn', got 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor is missing"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "unsupported keys mrope_section"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ({"head_dim": 96}, "head_dim must be 64 or 128, got 96"),
+        ({"head_dim": None, "hidden_size": 64}, "head_dim must be 64 or 128, got 32"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3, got 2"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size must be an integer >= 1, got 'many'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number, got -1.0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype. must be one of"),
+        ({"dual_chunk_attention_config": {"chunk_size": 256}}, "local_size is missing"),
+        ({"dual_chunk_attention_config": {**DUAL_CHUNK, "shape": 1}}, "unsupported keys shape"),
+        (
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "local_size": 64}},
+            "must be a multiple of the KV page size 128, got 256 - 64 = 192",
+        ),
+        (
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "local_size": 256}},
+            "local_size must be below chunk_size = 256, got 256",
+        ),
+        (
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_enabled": True}},
+            "sparse_attention_enabled is true but there are no budgets",
+        ),
+        (
+            {
+                "dual_chunk_attention_config": {
+                    **DUAL_CHUNK,
+                    "sparse_attention_config": budgets(TINY, 100, 200),
+                    "sparse_attention_last_q": 65,
+                }
+            },
+            r"sparse_attention_last_q must be an integer in \[1, 64\], got 65",
+        ),
+    ],
+)
+def test_refused_by_name(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict({**TINY, **overrides})
+
+
+def test_budgets() -> None:
+    raw = budgets(TINY, 1000, 6096)
+    raw[1]["0"] = ["vertical_and_slash", 30, 800, 0.99]
+    sparse = SparseConfig.from_budgets(raw, num_layers=2, num_heads=2)
+    assert sparse.vertical_sizes == ((1000, 1000), (130, 1000))  # 30 means 130
+    assert sparse.slash_sizes == ((6096, 6096), (800, 6096))
+    assert (sparse.enabled, sparse.threshold, sparse.last_q) == (True, 32768, 64)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"0": {}}, r"must be a list with one entry per layer \(2\), got a dict"),
+        (budgets(TINY, 1, 1)[:1], r"one entry per layer \(2\), got 1 entries"),
+        ([{"0": ["vertical_and_slash", 1, 1, 1.0]}] * 2, 'layer 0 must be an object with keys "0" to "1"'),
+        ([[1, 2], [1, 2]], "layer 0 must be an object"),
+        ([{"0": ["a_shape", 1, 1, 1], "1": ["a_shape", 1, 1, 1]}] * 2, "layer 0, head 0 must be .*got .'a_shape'"),
+        ([{"0": ["vertical_and_slash", 1], "1": []}] * 2, "layer 0, head 0"),
+        ([{"0": ["vertical_and_slash", 1, 2, 1.0], "1": ["vertical_and_slash", -1, 2, 1.0]}] * 2, "head 1"),
+        ([{"0": ["vertical_and_slash", 1.5, 2, 1.0], "1": ["vertical_and_slash", 1, 2, 1.0]}] * 2, "head 0"),
+    ],
+)
+def test_bad_budgets(raw: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseConfig.from_budgets(raw, num_layers=2, num_heads=2)
+
+
+def test_budgets_inside_the_config_and_beside_it(tmp_path: Path) -> None:
+    embedded = {
+        **DUAL_CHUNK,
+        "sparse_attention_config": budgets(TINY, 100, 200),
+        "sparse_attention_threshold": 512,
+        "sparse_attention_last_q": 32,
+        "sparse_attention_enabled": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "dual_chunk_attention_config": embedded}))
+    sparse = ModelConfig.from_directory(tmp_path).sparse
+    assert sparse == SparseConfig(((100, 100),) * 2, ((200, 200),) * 2, enabled=False, threshold=512, last_q=32)
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(budgets(TINY, 300, 400)))
+    beside = ModelConfig.from_directory(tmp_path).sparse
+    assert beside == SparseConfig(((300, 300),) * 2, ((400, 400),) * 2, enabled=False, threshold=512, last_q=32)
+
+
+def test_directory_errors_and_eos(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "eos_token_id": 3}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (3,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "num_heads"),
+    [("Qwen2.5_7B_Instruct_1M", 28, 28), ("Qwen2.5_14B_Instruct_1M", 48, 40)],
+)
+def test_published_budgets(name: str, num_layers: int, num_heads: int) -> None:
+    file = DATA / f"{name}.json"
+    if not file.is_file():
+        pytest.skip(f"published budgets not at {file}")
+    raw = json.loads(file.read_text())
+    sparse = SparseConfig.from_budgets(raw, num_layers=num_layers, num_heads=num_heads)
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            _, vertical, slash, _ = raw[layer][str(head)]
+            assert sparse.vertical_sizes[layer][head] == (130 if vertical == 30 else vertical)
+            assert sparse.slash_sizes[layer][head] == slash
+    assert min(min(layer) for layer in sparse.vertical_sizes) == 100

@@ -1,0 +1,213 @@
+"""Loading: placement, sharding, dtypes, and errors that name every tensor."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import qwen_sparse.loader
+from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, random_tensors, save_tensors
+from qwen_sparse import load_model
+
+
+def test_every_tensor_lands_in_its_place(write_checkpoint: WriteCheckpoint) -> None:
+    weights = load_model(write_checkpoint(seed=3)).weights
+    stored = random_tensors(TINY, seed=3)
+    assert torch.equal(weights.embedding, stored["model.embed_tokens.weight"])
+    assert torch.equal(weights.norm, stored["model.norm.weight"])
+    assert torch.equal(weights.lm_head, stored["lm_head.weight"])
+    for index, layer in enumerate(weights.layers):
+        part = {name.split(f"layers.{index}.")[1]: t for name, t in stored.items() if f"layers.{index}." in name}
+        assert torch.equal(layer.qkv, torch.cat([part[f"self_attn.{n}_proj.weight"] for n in "qkv"]))
+        assert layer.qkv_bias is not None
+        assert torch.equal(layer.qkv_bias, torch.cat([part[f"self_attn.{n}_proj.bias"] for n in "qkv"]))
+        assert torch.equal(layer.gate_up, torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]))
+        assert torch.equal(layer.o, part["self_attn.o_proj.weight"])
+        assert torch.equal(layer.down, part["mlp.down_proj.weight"])
+        assert torch.equal(layer.input_norm, part["input_layernorm.weight"])
+        assert torch.equal(layer.post_attention_norm, part["post_attention_layernorm.weight"])
+    assert weights.nbytes == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_sharded_equals_single(write_checkpoint: WriteCheckpoint) -> None:
+    single = load_model(write_checkpoint("single", seed=1)).weights
+    sharded = load_model(write_checkpoint("sharded", seed=1, shards=3)).weights
+    assert torch.equal(single.embedding, sharded.embedding)
+    assert torch.equal(single.lm_head, sharded.lm_head)
+    for one, other in zip(single.layers, sharded.layers, strict=True):
+        for name, tensor in vars(one).items():
+            assert torch.equal(tensor, getattr(other, name)), name
+
+
+def test_tied_embeddings(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint(tie_word_embeddings=True)
+    model = load_model(directory)
+    assert model.weights.lm_head is model.weights.embedding
+    assert model.weights.nbytes == sum(
+        t.nbytes for t in random_tensors({**TINY, "tie_word_embeddings": True}, 0).values()
+    )
+    repeated = random_tensors({**TINY, "tie_word_embeddings": True}, 0)
+    repeated["lm_head.weight"] = repeated["model.embed_tokens.weight"].clone()
+    save_tensors(directory, repeated)  # some checkpoints store it all the same
+    again = load_model(directory).weights
+    assert again.lm_head is again.embedding
+
+
+def test_dtype(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint(torch_dtype="bfloat16")  # stored in float32 all the same
+    auto, wide = load_model(directory), load_model(directory, dtype="float32")
+    assert auto.dtype == auto.weights.embedding.dtype == torch.bfloat16
+    assert wide.dtype == wide.weights.layers[0].qkv.dtype == torch.float32
+    assert torch.equal(auto.weights.embedding, wide.weights.embedding.bfloat16())
+
+
+def test_no_attention_bias(write_checkpoint: WriteCheckpoint) -> None:
+    model = load_model(write_checkpoint(attention_bias=False))
+    assert all(layer.qkv_bias is None for layer in model.weights.layers)
+
+
+def test_one_tensor_at_a_time(write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Counting:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = real(*args, **kwargs)
+
+        def __enter__(self) -> Counting:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            nonlocal most
+            tensor = self.file.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(reference() is not None for reference in alive))
+            return tensor
+
+    real = qwen_sparse.loader.safe_open
+    monkeypatch.setattr(qwen_sparse.loader, "safe_open", Counting)
+    load_model(write_checkpoint(shards=2))
+    assert len(alive) == len(random_tensors(TINY, 0))
+    assert most == 1
+
+
+def test_all_wrong_tensors_are_named_at_once(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    tensors = random_tensors(TINY, 0)
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(1)
+    tensors["model.layers.0.self_attn.k_proj.bias"] = torch.zeros(128)
+    save_tensors(directory, tensors)
+    with pytest.raises(ValueError, match="do not fit its config") as caught:
+        load_model(directory)
+    message = str(caught.value)
+    assert "missing 2: model.layers.1.mlp.up_proj.weight, model.norm.weight" in message
+    assert "unexpected 1: model.layers.2.mlp.up_proj.weight" in message
+    assert "mis-shaped 1: model.layers.0.self_attn.k_proj.bias [128], not [64]" in message
+
+
+def test_long_lists_of_names_are_cut(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint(num_hidden_layers=4)
+    save_tensors(directory, random_tensors(TINY, 0))  # two layers of four
+    with pytest.raises(ValueError, match=r"missing 24: .*, and 4 more"):
+        load_model(directory)
+
+
+def test_missing_files(write_checkpoint: WriteCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model directory at"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="not a hub id"):
+        load_model("a/b/c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
+    directory = write_checkpoint(shards=2)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks shards.*model-00002-of-00002.safetensors"):
+        load_model(directory)
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        load_model(directory)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="must have a weight_map"):
+        load_model(directory)
+
+
+def test_cut_off_file(write_checkpoint: WriteCheckpoint) -> None:
+    file = write_checkpoint() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_model(file.parent)
+
+
+def test_shard_without_its_tensor(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint(shards=2)
+    tensors = random_tensors(TINY, 0)
+    kept = dict(sorted(tensors.items())[::2])
+    dropped = sorted(kept)[0]
+    del kept[dropped]
+    save_file(kept, directory / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=f"missing 1: {dropped}"):
+        load_model(directory)
+
+
+def test_hub_id_without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="install huggingface_hub"):
+        load_model("Qwen/Qwen2.5-7B-Instruct-1M")
+
+
+def test_hub_id_with_hub(write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    directory, asked = write_checkpoint(), []
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(directory)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert load_model("owner/name").path == directory
+    assert asked == [("owner/name", ["*.json", "*.safetensors", "*.jinja"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cuda"}, "device must be 'auto' or 'cpu': this build has no CUDA kernels, got 'cuda'"),
+        ({"device": "mps"}, "device must be 'auto' or 'cpu', got 'mps'"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be 'auto', 'bfloat16' or 'int8', got 'fp8'"),
+        ({"kv_cache_dtype": "bfloat16"}, "needs a model in bfloat16.*got dtype float32"),
+        ({"attention": "sparse"}, "attention 'sparse' needs budgets"),
+        ({"attention": "flash"}, "attention must be 'auto', 'dense' or 'sparse', got 'flash'"),
+        ({"max_seq_len": 0}, "max_seq_len must be >= 1 or None, got 0"),
+    ],
+)
+def test_bad_arguments(write_checkpoint: WriteCheckpoint, arguments: dict[str, Any], message: str) -> None:
+    directory = write_checkpoint()
+    (directory / "model.safetensors").unlink()  # arguments are refused before weights are looked for
+    with pytest.raises(ValueError, match=message):
+        load_model(directory, **arguments)
+
+
+def test_max_seq_len(write_checkpoint: WriteCheckpoint) -> None:
+    plain = write_checkpoint("plain", max_position_embeddings=1000)
+    chunked = write_checkpoint("chunked", max_position_embeddings=1000, dual_chunk_attention_config=DUAL_CHUNK)
+    assert load_model(plain).max_seq_len == 1000
+    assert load_model(plain, max_seq_len=2000).max_seq_len == 2000
+    assert load_model(chunked).max_seq_len is None
+    assert load_model(chunked, max_seq_len=10).max_seq_len == 10

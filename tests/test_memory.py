@@ -1,0 +1,163 @@
+"""The memory formula against what is really allocated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwen_sparse.memory as memory
+from conftest import DUAL_CHUNK, TINY, WriteCheckpoint
+from qwen_sparse import PagedKVCache, estimate_memory, load_model
+from qwen_sparse.config import ModelConfig
+from qwen_sparse.memory import available_memory, format_bytes, peak_resident_memory, resident_memory
+from qwen_sparse.models.qwen2 import Qwen2Model
+from test_config import QWEN25_7B_1M
+
+QWEN_7B = ModelConfig.from_dict(QWEN25_7B_1M)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": False}, {"num_attention_heads": 4, "num_hidden_layers": 3}],
+    ids=["plain", "tied", "no_bias", "wider"],
+)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_weights_and_cache_are_exact(
+    write_checkpoint: WriteCheckpoint, options: dict[str, Any], kv_cache_dtype: str
+) -> None:
+    model = load_model(write_checkpoint(**options), dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+    estimate = estimate_memory(model.config, 1000, kv_cache_dtype=kv_cache_dtype, dtype=torch.bfloat16)
+    assert estimate.weights == model.weights.nbytes
+    assert estimate.kv_cache == model.new_cache(1000).nbytes
+
+
+def test_million_tokens() -> None:
+    """The figures of the Qwen2.5-1M report: 71 GB of activations become 2.4 GB; 57 GB of keys and values halve."""
+    million = 10**6
+    wide = estimate_memory(QWEN_7B, million, chunk_tokens=32768)
+    int8 = estimate_memory(QWEN_7B, million, kv_cache_dtype="int8", chunk_tokens=32768)
+    one_shot = estimate_memory(QWEN_7B, million, chunk_tokens=million)
+    assert wide.weights == pytest.approx(15.23e9, rel=1e-3)
+    assert wide.kv_cache == pytest.approx(57.3e9, rel=2e-3)
+    assert int8.kv_cache == pytest.approx(57.3e9 * (1 + 4 / 128) / 2, rel=2e-3)
+    assert 1 - wide.activations / one_shot.activations == pytest.approx(0.967, abs=1e-3)
+    assert wide.total == wide.weights + wide.kv_cache + wide.activations + wide.workspace
+    assert str(wide).startswith("76.0 GB (weights 15.2 GB, KV cache 57.3 GB, activations 3.42 GB, ")
+
+
+def test_batch_multiplies_the_cache_only() -> None:
+    one, many = estimate_memory(QWEN_7B, 8192), estimate_memory(QWEN_7B, 8192, batch=64)
+    assert many.kv_cache == 64 * one.kv_cache
+    assert (many.weights, many.activations, many.workspace) == (one.weights, one.activations, one.workspace)
+
+
+def measured_peak(model: Qwen2Model, n: int, chunk_tokens: int, cache: PagedKVCache) -> int:
+    """Most bytes that a prefill of n tokens held at once on top of weights and cache, by the allocator's records."""
+    ids = torch.randint(TINY["vocab_size"], (n,), generator=torch.Generator().manual_seed(0))
+    start, total = cache.seqlen, cache.seqlen + n
+    model.forward(ids[:chunk_tokens], cache, sparse=model.prefills_sparse(total))  # constants that stay
+    cache.truncate(start)
+    cache.release_workspace()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for row in range(0, n, chunk_tokens):
+            model.forward(ids[row : row + chunk_tokens], cache, sparse=model.prefills_sparse(total), prompt_len=total)
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize(("chunked", "sparse"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("intermediate_size", [192, 1024], ids=["attention_peak", "mlp_peak"])
+def test_prefill_stays_within_the_estimate(
+    write_checkpoint: WriteCheckpoint, intermediate_size: int, chunked: bool, sparse: bool, kv_cache_dtype: str
+) -> None:
+    """Measured from below and above: kernel scratch is the only thing the formula leaves out."""
+    model = load_model(
+        write_checkpoint(
+            intermediate_size=intermediate_size,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sparse=(64, 200) if sparse else None,
+            **({"dual_chunk_attention_config": DUAL_CHUNK} if chunked else {}),
+        ),
+        kv_cache_dtype=kv_cache_dtype,
+        attention="sparse" if sparse else "dense",
+    )
+    estimate = estimate_memory(model.config, 4096, kv_cache_dtype=kv_cache_dtype, chunk_tokens=2048)
+    peak = measured_peak(model, 4096, 2048, model.new_cache(4096))
+    expected = estimate.activations + estimate.workspace
+    assert 0.6 * expected < peak < 1.1 * expected
+
+
+def test_selection_scores_are_in_the_estimate(write_checkpoint: WriteCheckpoint) -> None:
+    """With short prefill chunks of a long prompt they are half of what a sparse prefill needs."""
+    model = load_model(
+        write_checkpoint(num_attention_heads=4, num_key_value_heads=2, sparse=(64, 200)), max_seq_len=2**15
+    )
+    model = model.with_options(attention="sparse")
+    estimate = estimate_memory(model.config, 2**15, chunk_tokens=128)
+    cache = model.new_cache(2**15)
+    cache.commit(2**15 - 256)  # as if so many tokens had been prefilled
+    peak = measured_peak(model, 256, 128, cache)
+    assert estimate.workspace == 8 * 4 * 2**15 > estimate.activations
+    assert 0.8 * (estimate.activations + estimate.workspace) < peak < 1.1 * (estimate.activations + estimate.workspace)
+
+
+def test_rules() -> None:
+    for name in ("seqlen", "batch", "chunk_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            estimate_memory(QWEN_7B, **{"seqlen": 1, name: 0})
+    with pytest.raises(ValueError, match="kv_cache_dtype must be"):
+        estimate_memory(QWEN_7B, 1, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="needs a model in bfloat16"):
+        estimate_memory(replace(QWEN_7B, dtype=torch.float32), 1, kv_cache_dtype="bfloat16")
+
+
+def test_what_the_system_says() -> None:
+    available, resident = available_memory(), resident_memory()
+    if available is None or resident is None:
+        pytest.skip("this system has no /proc")
+    assert 10**6 < available < 10**15
+    assert 10**7 < resident <= 1.05 * peak_resident_memory()
+    ballast = torch.ones(25_000_000)
+    grown = resident_memory()
+    assert grown is not None
+    assert grown - resident == pytest.approx(ballast.nbytes, rel=0.1)
+
+
+def test_control_group_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 200000\nactive_file 100000\n")
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current"),))
+    if available_memory() is None:
+        pytest.skip("this system has no /proc")
+    assert available_memory() == 800_000  # 500000 unused, 300000 of file pages
+    (tmp_path / "memory.max").write_text("max\n")
+    unlimited = available_memory()
+    assert unlimited is not None
+    assert unlimited > 10**6
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 KB"),
+        (822_400, "822 KB"),
+        (999_600, "1.00 MB"),
+        (15_230_000_000, "15.2 GB"),
+        (2 * 10**12, "2.00 TB"),
+    ],
+)
+def test_format_bytes(count: int, text: str) -> None:
+    assert format_bytes(count) == text
