@@ -203,6 +203,17 @@ def test_strided_inputs(isa: str) -> None:
     assert torch.equal(ops.attention(*transposed), expected)
 
 
+def test_offsets_beyond_32_bits(isa: str) -> None:
+    """Rows a billion elements apart; the memory between them is reserved and never touched."""
+    q, k, v = random_qkv(4, 4, 2, 1, 64, torch.bfloat16)
+    storage = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
+    far_k = storage.as_strided((4, 1, 64), (2**30, 64, 1)).copy_(k)
+    expected = ops.attention(q, k, v)
+    assert torch.equal(ops.attention(q, far_k, v), expected)
+    diagonals = torch.arange(4, dtype=torch.int32).expand(2, 4).contiguous()
+    assert torch.equal(ops.vertical_slash_attention(q, far_k, v, diagonals, diagonals), expected)
+
+
 def test_large_scores_do_not_overflow(isa: str) -> None:
     q, k, v = random_qkv(70, 300, 2, 1, 64, torch.float32)
     check("attention", (q * 100, k * 100, v))

@@ -179,6 +179,25 @@ const int64_t* check_positions(const char* op, const Tensor& positions, int64_t 
   return static_cast<const int64_t*>(positions.const_data_ptr());
 }
 
+RotatedBias check_bias(const char* op, const OptionalTensor& k_bias, const OptionalTensor* positions,
+                       const OptionalTensor& inv_freq, double attention_factor, int64_t num_rows, int64_t num_kv_heads,
+                       int64_t head_dim) {
+  RotatedBias bias;
+  if (!k_bias.has_value()) return bias;
+  check_shape(op, "k_bias", *k_bias, {{"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}});
+  check_dtype(op, "k_bias", *k_bias, ScalarType::Float);
+  check(k_bias->is_contiguous(), op, "k_bias must be contiguous");
+  check(inv_freq.has_value(), op, "inv_freq must be given with k_bias, got None");
+  bias.data = static_cast<const float*>(k_bias->const_data_ptr());
+  bias.inv_freq = check_inv_freq(op, *inv_freq, head_dim);
+  bias.attention_factor = attention_factor;
+  if (positions != nullptr) {
+    check(positions->has_value(), op, "positions must be given with k_bias, got None");
+    bias.positions = check_positions(op, **positions, num_rows);
+  }
+  return bias;
+}
+
 Rows rows_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
 Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

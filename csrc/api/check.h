@@ -63,6 +63,11 @@ void check_indexes(const char* op, const char* name, const Tensor& indexes, int6
 const double* check_inv_freq(const char* op, const Tensor& inv_freq, int64_t head_dim);
 const int64_t* check_positions(const char* op, const Tensor& positions, int64_t num_rows);
 
+// The key bias of quantize and dequantize (positions given) or of decode (positions == nullptr).
+RotatedBias check_bias(const char* op, const OptionalTensor& k_bias, const OptionalTensor* positions,
+                       const OptionalTensor& inv_freq, double attention_factor, int64_t num_rows, int64_t num_kv_heads,
+                       int64_t head_dim);
+
 Rows rows_of(const Tensor& tensor);
 Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 

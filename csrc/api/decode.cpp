@@ -1,0 +1,138 @@
+// Decode attention over a paged cache.
+#include <algorithm>
+
+#include "api/ops.h"
+#include "cpu/kernels.h"
+
+namespace qwen_sparse::api {
+namespace {
+
+Pages pages_of(const Tensor& cache) {
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+Rows decode_rows(const Tensor& q) { return {q.const_data_ptr(), q.stride(1), q.stride(2)}; }
+
+void check_pages(const char* op, const DecodeParams& params, const Tensor& block_table, const Tensor& seqlens_k,
+                 int64_t num_pages) {
+  const auto* seqlens = static_cast<const int32_t*>(seqlens_k.const_data_ptr());
+  const auto* table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const int64_t capacity = block_table.size(1) * params.page_size;
+    check(seqlens[b] >= params.shape.seqlen_q && seqlens[b] <= capacity, op,
+          "seqlens_k must lie in [seqlen_q = ", params.shape.seqlen_q, ", max_pages * page_size = ", capacity,
+          "], got ", seqlens[b], " at [", b, "]");
+    for (int64_t i = 0; i * params.page_size < seqlens[b]; ++i) {
+      const int32_t page = table[b * params.block_table_stride + i];
+      check(page >= 0 && page < num_pages, op, "block_table must lie in [0, num_pages = ", num_pages, "), got ", page,
+            " at [", b, ", ", i, "]");
+    }
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                            const Tensor& block_table, const Tensor& seqlens_k,
+                                            const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                            const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
+                                            double attention_factor, const OptionalTensor& q_succ,
+                                            const OptionalTensor& q_inter, std::optional<int64_t> chunk_len,
+                                            double softmax_scale, std::optional<int64_t> window) {
+  constexpr const char* kOp = "decode_attention";
+  DecodeParams params;
+  AttentionShape& shape = params.shape;
+  check_shape(kOp, "q", q, {{"batch"}, {"seqlen_q"}, {"num_heads"}, {"head_dim"}});
+  params.dtype = check_float_dtype(kOp, "q", q);
+  params.batch = q.size(0);
+  shape.seqlen_q = q.size(1);
+  shape.num_heads = q.size(2);
+  shape.head_dim = q.size(3);
+  check_head_dim(kOp, shape.head_dim);
+  // rows of all sequences are addressed with one stride
+  const auto check_rows = [&](const char* name, const Tensor& rows) {
+    check_shape(kOp, name, rows,
+                {{"batch", params.batch},
+                 {"seqlen_q", shape.seqlen_q},
+                 {"num_heads", shape.num_heads},
+                 {"head_dim", shape.head_dim}});
+    check_dtype(kOp, name, rows, q.scalar_type());
+    check(params.batch <= 1 || rows.stride(0) == shape.seqlen_q * rows.stride(1), kOp, name,
+          " must have evenly spaced rows over batch and seqlen_q, got strides ", rows.stride(0), " and ",
+          rows.stride(1));
+  };
+  check_rows("q", q);
+
+  const bool is_int8 = k_cache.scalar_type() == ScalarType::Char;
+  check(is_int8 || k_cache.scalar_type() == q.scalar_type(), kOp, "k_cache must have dtype ", name_of(q.scalar_type()),
+        " (that of q) or int8, got ", name_of(k_cache.scalar_type()));
+  params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
+  check_shape(kOp, "k_cache", k_cache, {{"num_pages"}, {"page_size"}, {"num_kv_heads"}, {"head_dim", shape.head_dim}});
+  const int64_t num_pages = k_cache.size(0);
+  params.page_size = k_cache.size(1);
+  shape.num_kv_heads = k_cache.size(2);
+  check(params.page_size > 0, kOp, "page_size of k_cache must be positive, got ", params.page_size);
+  check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0, kOp,
+        "num_heads of q must be a positive multiple of num_kv_heads of k_cache, got ", shape.num_heads, " and ",
+        shape.num_kv_heads);
+  check(shape.num_heads / shape.num_kv_heads <= kMaxDecodeRows, kOp, "num_heads / num_kv_heads must be at most ",
+        kMaxDecodeRows, ", got ", shape.num_heads / shape.num_kv_heads);
+  check_shape(kOp, "v_cache", v_cache,
+              {{"num_pages", num_pages},
+               {"page_size", params.page_size},
+               {"num_kv_heads", shape.num_kv_heads},
+               {"head_dim", shape.head_dim}});
+  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
+  check_shape(kOp, "block_table", block_table, {{"batch", params.batch}, {"max_pages"}});
+  check_dtype(kOp, "block_table", block_table, ScalarType::Int);
+  check_shape(kOp, "seqlens_k", seqlens_k, {{"batch", params.batch}});
+  check_dtype(kOp, "seqlens_k", seqlens_k, ScalarType::Int);
+  params.block_table_stride = block_table.stride(0);
+  check_pages(kOp, params, block_table, seqlens_k, num_pages);
+
+  check_together(kOp, "k_scale", k_scale.has_value(), "v_scale", v_scale.has_value());
+  check(k_scale.has_value() == is_int8, kOp, "k_scale and v_scale must be given for int8 caches and no others");
+  if (is_int8) {
+    for (const auto& [name, scale] : {std::pair{"k_scale", &*k_scale}, std::pair{"v_scale", &*v_scale}}) {
+      check_shape(kOp, name, *scale,
+                  {{"num_pages", num_pages}, {"page_size", params.page_size}, {"num_kv_heads", shape.num_kv_heads}});
+      check_dtype(kOp, name, *scale, ScalarType::Float);
+    }
+    params.k_scale = pages_of(*k_scale);
+    params.v_scale = pages_of(*v_scale);
+  } else {
+    check(!k_bias.has_value(), kOp, "k_bias must be given for int8 caches only");
+  }
+  params.bias = check_bias(kOp, k_bias, nullptr, inv_freq, attention_factor, 0, shape.num_kv_heads, shape.head_dim);
+
+  check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
+  check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
+  if (chunk_len.has_value()) {
+    params.chunk_len = check_chunk_len(kOp, *chunk_len);
+    check_rows("q_succ", *q_succ);
+    check_rows("q_inter", *q_inter);
+    params.q_succ = decode_rows(*q_succ);
+    params.q_inter = decode_rows(*q_inter);
+  }
+  params.q_intra = decode_rows(q);
+  params.k = pages_of(k_cache);
+  params.v = pages_of(v_cache);
+  params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  params.seqlens_k = static_cast<const int32_t*>(seqlens_k.const_data_ptr());
+  for (int64_t b = 0; b < params.batch; ++b) {
+    shape.seqlen_k = std::max<int64_t>(shape.seqlen_k, params.seqlens_k[b]);
+  }
+  params.window = check_window(kOp, window);
+  params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
+
+  Tensor out = empty_like_rows(q, {params.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type());
+  Tensor lse = empty_like_rows(q, {params.batch, shape.seqlen_q, shape.num_heads}, ScalarType::Float);
+  Tensor workspace = empty_like_rows(q, {DecodePlan(params).workspace_size()}, ScalarType::Float);
+  params.out = out.mutable_data_ptr();
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  if (out.numel() > 0) cpu::kernels().decode_attention(params);
+  return {out, lse};
+}
+
+}  // namespace qwen_sparse::api
