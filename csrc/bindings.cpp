@@ -3,12 +3,29 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <sstream>
+#include <string>
+
 #include "api/ops.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
 namespace api = qwen_sparse::api;
+
+namespace {
+
+// A CMake list ("a;b") as a Python list.
+py::list split(const char* text) {
+  py::list parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ';');) parts.append(part);
+  return parts;
+}
+
+py::object string_or_none(const char* text) { return text[0] == '\0' ? py::object(py::none()) : py::str(text); }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(qwen_sparse, m) {
   m.def(
@@ -64,11 +81,10 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = QWEN_SPARSE_COMPILER;
     info["build_type"] = QWEN_SPARSE_BUILD_TYPE;
     info["torch"] = QWEN_SPARSE_TORCH_VERSION;
-    info["cpu_isas"] = QWEN_SPARSE_CPU_ISAS;
-    info["cuda"] = QWEN_SPARSE_CUDA_VERSION[0] == '\0' ? py::object(py::none()) : py::str(QWEN_SPARSE_CUDA_VERSION);
-    info["cuda_archs"] = QWEN_SPARSE_CUDA_ARCHS;
-    info["cutlass"] =
-        QWEN_SPARSE_CUTLASS_VERSION[0] == '\0' ? py::object(py::none()) : py::str(QWEN_SPARSE_CUTLASS_VERSION);
+    info["cpu_isas"] = split(QWEN_SPARSE_CPU_ISAS);
+    info["cuda"] = string_or_none(QWEN_SPARSE_CUDA_VERSION);
+    info["cuda_archs"] = split(QWEN_SPARSE_CUDA_ARCHS);
+    info["cutlass"] = string_or_none(QWEN_SPARSE_CUTLASS_VERSION);
     return info;
   });
   m.def("cpu_features", [] {
