@@ -21,11 +21,13 @@ demo: $(VENV)/.built
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev  # after a build: one check reads its objects
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	@echo "== kernels share no code between instruction sets (CONTRIBUTING.md)"
+	@! nm -C --defined-only build/*/CMakeFiles/qwen_sparse_cpu_*.dir/csrc/cpu/isa/*.o | grep -E ' [WVu] '
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
