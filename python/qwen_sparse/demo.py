@@ -142,7 +142,7 @@ def plot_grids(grids: dict[str, list[Retrieval]], path: Path) -> None:
         image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="white")
         axis.set_xticks(range(len(lengths)), [f"{n // TRAINED_LENGTH}×" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
         axis.set_title(f"{MODES[mode]}: {accuracy(results):.1%}")
