@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,8 +38,8 @@ MODES = {
 
 TRAINED_LENGTH = 512
 LONGEST = 128
-GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32), "dca_sparse": (1, 2, 4, 8, 16, 32, 64)}
-"""Prompt lengths of the heat maps, in trained lengths: as many as fit a demo (bench/bench_passkey.py runs them all)."""
+GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32, 64), "dca_sparse": (1, 2, 4, 8, 16, 32, 64)}
+"""Prompt lengths of the heat maps, in trained lengths; plain RoPE stops where it has long failed."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -105,14 +106,24 @@ def retrieve(model: Qwen2Model, mode: str, prompt: PasskeyPrompt, *, progress: b
 
 
 def accuracy_grid(
-    model: Qwen2Model, mode: str, lengths: Sequence[int], depths: Sequence[float], samples: int, *, seed: int = 0
+    model: Qwen2Model,
+    mode: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    *,
+    seed: int = 0,
+    **prompt_options: Any,
 ) -> list[Retrieval]:
-    """``samples`` prompts for every length (in trained lengths) and depth, with a progress bar."""
+    """``samples`` prompts for every length (in trained lengths) and depth, with a progress bar.
+
+    ``prompt_options`` go to :func:`qwen_sparse.passkey.make_prompt`.
+    """
     results = []
     cells = [(length, depth, sample) for length in lengths for depth in depths for sample in range(samples)]
     with tqdm(total=sum(length for length, _, _ in cells), desc=MODES[mode], unit="x", file=sys.stderr) as bar:
         for length, depth, sample in cells:
-            prompt = make_prompt(length * TRAINED_LENGTH, depth, seed=seed + sample)
+            prompt = make_prompt(length * TRAINED_LENGTH, depth, seed=seed + sample, **prompt_options)
             results.append(retrieve(model, mode, prompt))
             bar.update(length)
     return results
