@@ -26,6 +26,7 @@ from .memory import format_bytes
 from .models.qwen2 import Qwen2Model
 from .passkey import PasskeyPrompt, make_prompt
 from .prefill import prefill
+from .testing import machine
 
 __all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run", "with_mode"]
 
@@ -201,10 +202,12 @@ def run(args: argparse.Namespace) -> int:
         plot_grids(grids, heat_map)
         print(f"heat map: {heat_map}")
     record = {
+        "machine": machine(),
+        "dtype": args.dtype,
         "long": [asdict(result) for result in long_runs],
         "grid": {mode: [asdict(result) for result in results] for mode, results in grids.items()},
     }
-    (args.output / "passkey.json").write_text(json.dumps(record, indent=1))
+    (args.output / "passkey.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{time.perf_counter() - begin:.0f} s in all")
     return 0 if all(result.correct for result in long_runs if result.mode != "rope") else 1
 
