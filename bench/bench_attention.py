@@ -1,6 +1,6 @@
 """Prefill attention on this machine's CPU: dense and vertical-slash beside torch's scaled_dot_product_attention.
 
-    python bench/bench_attention.py --output bench/results/attention_cpu.json
+    python bench/bench_attention.py --isas avx512 avx512_bf16 --output bench/results/attention_cpu.json
 
 All keys are rows (a one-shot causal prefill). The index set has the shape of a trained head's: sink columns, a local
 band, clustered slashes and scattered columns, drawn to the asked density. No time is printed for an output that was not
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_sparse import ops, reference
+from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import assert_close_to_reference, interleaved, random_qkv
 from report import add_output_argument, finish, print_table
 
@@ -68,8 +68,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, slashes: Tensor) -> 
     return float(attended.sum()) / pairs
 
 
-def measure(arguments: argparse.Namespace, seqlen: int, head_dim: int, dtype: str) -> list[dict[str, Any]]:
-    """One row per kernel for one shape."""
+def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int, dtype: str) -> list[dict[str, Any]]:
+    """One row per kernel for one shape, with the CPU kernels of one instruction set."""
+    _C.set_cpu_isa(isa)
     q, k, v = random_qkv(seqlen, seqlen, arguments.num_heads, arguments.num_kv_heads, head_dim, DTYPES[dtype])
     columns, slashes = clustered_indexes(arguments.num_heads, seqlen, arguments.density, arguments.seed)
     density = check(q, k, v, columns, slashes)
@@ -87,6 +88,7 @@ def measure(arguments: argparse.Namespace, seqlen: int, head_dim: int, dtype: st
         rows.append(
             {
                 "kernel": name,
+                "isa": isa,
                 "seqlen": seqlen,
                 "head_dim": head_dim,
                 "dtype": dtype,
@@ -107,6 +109,8 @@ def main() -> None:
     parser.add_argument("--num-kv-heads", type=int, default=2)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
+    features = _C.cpu_features()
+    parser.add_argument("--isas", nargs="+", default=[features["isa"]], choices=features["supported"])
     parser.add_argument("--density", type=float, default=0.1, help="asked of the index set; the real one is printed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -118,13 +122,15 @@ def main() -> None:
         for head_dim in arguments.head_dims
         for dtype in arguments.dtypes
         for seqlen in arguments.seqlens
-        for row in measure(arguments, seqlen, head_dim, dtype)
+        for isa in arguments.isas
+        for row in measure(arguments, isa, seqlen, head_dim, dtype)
     ]
     print_table(
-        ["kernel", "keys", "head_dim", "dtype", "density", "median", "p10", "p90", "GFLOP/s", "x SDPA"],
+        ["kernel", "isa", "keys", "head_dim", "dtype", "density", "median", "p10", "p90", "GFLOP/s", "x SDPA"],
         [
             [
                 row["kernel"],
+                "" if row["kernel"] == "torch SDPA" else row["isa"],
                 f"{row['seqlen']:,}",
                 str(row["head_dim"]),
                 row["dtype"],

@@ -19,7 +19,7 @@ struct Kernels {
   void (*decode_attention)(const DecodeParams&);
 };
 
-// The fastest set that this CPU runs, or the one that QWEN_SPARSE_CPU_ISA names. Throws std::invalid_argument when
+// The set expected to be fastest on this CPU, or the one that QWEN_SPARSE_CPU_ISA names. Throws std::invalid_argument when
 // that is unknown, not built, or not supported by the CPU.
 const Kernels& kernels();
 
