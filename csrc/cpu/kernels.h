@@ -19,8 +19,8 @@ struct Kernels {
   void (*decode_attention)(const DecodeParams&);
 };
 
-// The set expected to be fastest on this CPU, or the one that QWEN_SPARSE_CPU_ISA names. Throws std::invalid_argument when
-// that is unknown, not built, or not supported by the CPU.
+// The set expected to be fastest on this CPU, or the one that QWEN_SPARSE_CPU_ISA names. Throws std::invalid_argument
+// when that is unknown, not built, or not supported by the CPU.
 const Kernels& kernels();
 
 // Replaces the choice (tests); the empty string restores that of QWEN_SPARSE_CPU_ISA, or the fastest.
