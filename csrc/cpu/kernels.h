@@ -23,7 +23,7 @@ struct Kernels {
 // when that is unknown, not built, or not supported by the CPU.
 const Kernels& kernels();
 
-// Replaces the choice (tests); the empty string restores that of QWEN_SPARSE_CPU_ISA, or the fastest.
+// Replaces the choice (tests); the empty string restores the default choice.
 void set_isa(const std::string& isa);
 
 // Names of the sets in this build that this CPU runs, slowest first.
