@@ -12,7 +12,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -20,6 +20,17 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# The kernels and everything C++ around them with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
+SANITIZE := build/sanitize
+SANITIZE_TESTS ?= $(addprefix tests/test_,attention.py decode.py gather.py properties.py quantize.py rotary.py select.py)
+sanitize: $(VENV)/.dev
+	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site . \
+	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.build-type=RelWithDebInfo \
+	  --config-settings=cmake.define.QWEN_SPARSE_CUDA=0 \
+	  --config-settings=cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/sanitize:$(SANITIZE)/site $(RUN) -m pytest $(SANITIZE_TESTS)
 
 lint: $(VENV)/.dev  # after a build: one check reads its objects
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@
 set(cpu_kernel_sources
   csrc/cpu/isa/attention.cpp
   csrc/cpu/isa/decode.cpp
+  csrc/cpu/isa/gather.cpp
   csrc/cpu/isa/quantize.cpp
   csrc/cpu/isa/rotary.cpp
   csrc/cpu/isa/select.cpp)

@@ -56,6 +56,9 @@ STABLE_TORCH_LIBRARY(qwen_sparse, m) {
       "dequantize_kv(Tensor k, Tensor k_scale, Tensor v, Tensor v_scale, Tensor? k_bias, Tensor? positions,"
       " Tensor? inv_freq, float attention_factor, ScalarType dtype) -> (Tensor k_out, Tensor v_out)");
   m.def(
+      "gather_kv(Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor? k_scale, Tensor? v_scale, Tensor? k_bias,"
+      " Tensor? inv_freq, float attention_factor, int? chunk_len, Tensor(a!) k_out, Tensor(b!) v_out) -> ()");
+  m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqlens_k,"
       " Tensor? k_scale, Tensor? v_scale, Tensor? k_bias, Tensor? inv_freq, float attention_factor, Tensor? q_succ,"
       " Tensor? q_inter, int? chunk_len, float softmax_scale, int? window) -> (Tensor out, Tensor lse)");
@@ -70,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(qwen_sparse, CPU, m) {
   m.impl("rotary_dual_chunk", TORCH_BOX(&api::rotary_dual_chunk));
   m.impl("quantize_kv", TORCH_BOX(&api::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&api::dequantize_kv));
+  m.impl("gather_kv", TORCH_BOX(&api::gather_kv));
   m.impl("decode_attention", TORCH_BOX(&api::decode_attention));
 }
 
@@ -91,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
     py::dict features;
     features["isa"] = qwen_sparse::cpu::kernels().isa;
     features["supported"] = qwen_sparse::cpu::supported_isas();
+    features["fast_matmul"] = qwen_sparse::cpu::fast_matmul_dtypes();
     return features;
   });
   m.def("set_cpu_isa", &qwen_sparse::cpu::set_isa, py::arg("isa"));

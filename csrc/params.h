@@ -92,7 +92,7 @@ struct RotaryParams {
 // The key bias rotated to each key's position; data == nullptr: no bias.
 struct RotatedBias {
   const float* data = nullptr;         // [num_kv_heads, head_dim], unrotated
-  const int64_t* positions = nullptr;  // [num_rows]; unused by decode, which knows them
+  const int64_t* positions = nullptr;  // [num_rows]; unused by decode and gather, which know them
   const double* inv_freq = nullptr;    // [head_dim / 2]
   double attention_factor = 1.0;
 };
@@ -117,6 +117,24 @@ struct Pages {
   int64_t page_stride = 0;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
+};
+
+// Paged keys and values to contiguous ones.
+struct GatherParams {
+  DType dtype = DType::kFloat32;        // of the result
+  DType cache_dtype = DType::kFloat32;  // dtype, or int8
+  int64_t num_keys = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  Pages k, v, k_scale, v_scale;
+  const int32_t* block_table = nullptr;  // [ceil(num_keys / page_size)]
+  int64_t page_size = 0;
+  RotatedBias bias;       // positions unused
+  int64_t chunk_len = 0;  // keys are rotated at their position modulo this; 0: at their position
+  void* k_out = nullptr;  // [num_keys, num_kv_heads, head_dim], rows k_out_stride apart
+  void* v_out = nullptr;
+  int64_t k_out_stride = 0;
+  int64_t v_out_stride = 0;
 };
 
 struct DecodeParams {

@@ -14,6 +14,7 @@ from conftest import DUAL_CHUNK, TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, estimate_memory, load_model
 from qwen_sparse.config import ModelConfig
 from qwen_sparse.memory import available_memory, format_bytes, peak_resident_memory, resident_memory
+from qwen_sparse.models import linear
 from qwen_sparse.models.qwen2 import Qwen2Model
 from test_config import QWEN25_7B_1M
 
@@ -35,8 +36,9 @@ def test_weights_and_cache_are_exact(
     assert estimate.kv_cache == model.new_cache(1000).nbytes
 
 
-def test_million_tokens() -> None:
+def test_million_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of the Qwen2.5-1M report: 71 GB of activations become 2.4 GB; 57 GB of keys and values halve."""
+    monkeypatch.setattr(memory, "widens", lambda *_: False)  # whatever the CPU
     million = 10**6
     wide = estimate_memory(QWEN_7B, million, chunk_tokens=32768)
     int8 = estimate_memory(QWEN_7B, million, kv_cache_dtype="int8", chunk_tokens=32768)
@@ -95,6 +97,17 @@ def test_prefill_stays_within_the_estimate(
     peak = measured_peak(model, 4096, 2048, model.new_cache(4096))
     expected = estimate.activations + estimate.workspace
     assert 0.6 * expected < peak < 1.1 * expected
+
+
+def test_widened_products_are_in_the_estimate(
+    write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_FAST", frozenset())
+    model = load_model(write_checkpoint(intermediate_size=2048), dtype="bfloat16")
+    estimate = estimate_memory(model.config, 2048, dtype=torch.bfloat16)
+    assert estimate.workspace > estimate.activations / 2
+    peak = measured_peak(model, 2048, 2048, model.new_cache(2048))
+    assert 0.6 * (estimate.activations + estimate.workspace) < peak < 1.1 * (estimate.activations + estimate.workspace)
 
 
 def test_selection_scores_are_in_the_estimate(write_checkpoint: WriteCheckpoint) -> None:

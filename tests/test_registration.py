@@ -31,6 +31,9 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "rotary_dual_chunk": (q, k[:70], POSITIONS, INV_FREQ, 1.0, 128, 64, 64),
     "quantize_kv": (k[:70], v[:70], torch.randn(2, 64), POSITIONS, INV_FREQ, 1.0),
     "dequantize_kv": (*QUANTIZED, None, None, None, 1.0, torch.bfloat16),
+    "gather_kv": (
+        *PAGES, TABLE[0], None, None, None, None, 1.0, None, torch.empty(20, 2, 64), torch.empty(20, 2, 64)
+    ),
     "decode_attention": (
         torch.randn(1, 2, 4, 64), *PAGES, TABLE, SEQLENS, None, None, None, None, 1.0, None, None, None, 0.125, None
     ),

@@ -198,7 +198,38 @@ RotatedBias check_bias(const char* op, const OptionalTensor& k_bias, const Optio
   return bias;
 }
 
+void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache, ScalarType dtype, const char* dtype_of,
+                  int64_t head_dim) {
+  const ScalarType cache_dtype = k_cache.scalar_type();
+  check(cache_dtype == ScalarType::Char || cache_dtype == dtype, op, "k_cache must have dtype ", name_of(dtype),
+        " (that of ", dtype_of, ") or int8, got ", name_of(cache_dtype));
+  check_shape(op, "k_cache", k_cache, {{"num_pages"}, {"page_size"}, {"num_kv_heads"}, {"head_dim", head_dim}});
+  check(k_cache.size(1) > 0, op, "page_size of k_cache must be positive, got ", k_cache.size(1));
+  check_shape(op, "v_cache", v_cache,
+              {{"num_pages", k_cache.size(0)},
+               {"page_size", k_cache.size(1)},
+               {"num_kv_heads", k_cache.size(2)},
+               {"head_dim", head_dim}});
+  check_dtype(op, "v_cache", v_cache, cache_dtype);
+}
+
+void check_scales(const char* op, const Tensor& k_cache, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  check_together(op, "k_scale", k_scale.has_value(), "v_scale", v_scale.has_value());
+  check(k_scale.has_value() == (k_cache.scalar_type() == ScalarType::Char), op,
+        "k_scale and v_scale must be given for int8 caches and no others");
+  if (!k_scale.has_value()) return;
+  for (const auto& [name, scale] : {std::pair{"k_scale", &*k_scale}, std::pair{"v_scale", &*v_scale}}) {
+    check_shape(op, name, *scale,
+                {{"num_pages", k_cache.size(0)}, {"page_size", k_cache.size(1)}, {"num_kv_heads", k_cache.size(2)}});
+    check_dtype(op, name, *scale, ScalarType::Float);
+  }
+}
+
 Rows rows_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+
+Pages pages_of(const Tensor& cache) {
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
 
 Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);

@@ -68,7 +68,14 @@ RotatedBias check_bias(const char* op, const OptionalTensor& k_bias, const Optio
                        const OptionalTensor& inv_freq, double attention_factor, int64_t num_rows, int64_t num_kv_heads,
                        int64_t head_dim);
 
+// k_cache and v_cache [num_pages, page_size, num_kv_heads, head_dim], int8 or of dtype `dtype` (that of `dtype_of`).
+void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache, ScalarType dtype, const char* dtype_of,
+                  int64_t head_dim);
+// float32 [num_pages, page_size, num_kv_heads] beside int8 caches, none beside others.
+void check_scales(const char* op, const Tensor& k_cache, const OptionalTensor& k_scale, const OptionalTensor& v_scale);
+
 Rows rows_of(const Tensor& tensor);
+Pages pages_of(const Tensor& cache);
 Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 }  // namespace qwen_sparse::api

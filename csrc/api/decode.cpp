@@ -7,10 +7,6 @@
 namespace qwen_sparse::api {
 namespace {
 
-Pages pages_of(const Tensor& cache) {
-  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
-}
-
 Rows decode_rows(const Tensor& q) { return {q.const_data_ptr(), q.stride(1), q.stride(2)}; }
 
 void check_pages(const char* op, const DecodeParams& params, const Tensor& block_table, const Tensor& seqlens_k,
@@ -63,26 +59,17 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   };
   check_rows("q", q);
 
+  check_caches(kOp, k_cache, v_cache, q.scalar_type(), "q", shape.head_dim);
   const bool is_int8 = k_cache.scalar_type() == ScalarType::Char;
-  check(is_int8 || k_cache.scalar_type() == q.scalar_type(), kOp, "k_cache must have dtype ", name_of(q.scalar_type()),
-        " (that of q) or int8, got ", name_of(k_cache.scalar_type()));
   params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
-  check_shape(kOp, "k_cache", k_cache, {{"num_pages"}, {"page_size"}, {"num_kv_heads"}, {"head_dim", shape.head_dim}});
   const int64_t num_pages = k_cache.size(0);
   params.page_size = k_cache.size(1);
   shape.num_kv_heads = k_cache.size(2);
-  check(params.page_size > 0, kOp, "page_size of k_cache must be positive, got ", params.page_size);
   check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0, kOp,
         "num_heads of q must be a positive multiple of num_kv_heads of k_cache, got ", shape.num_heads, " and ",
         shape.num_kv_heads);
   check(shape.num_heads / shape.num_kv_heads <= kMaxDecodeRows, kOp, "num_heads / num_kv_heads must be at most ",
         kMaxDecodeRows, ", got ", shape.num_heads / shape.num_kv_heads);
-  check_shape(kOp, "v_cache", v_cache,
-              {{"num_pages", num_pages},
-               {"page_size", params.page_size},
-               {"num_kv_heads", shape.num_kv_heads},
-               {"head_dim", shape.head_dim}});
-  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
   check_shape(kOp, "block_table", block_table, {{"batch", params.batch}, {"max_pages"}});
   check_dtype(kOp, "block_table", block_table, ScalarType::Int);
   check_shape(kOp, "seqlens_k", seqlens_k, {{"batch", params.batch}});
@@ -90,14 +77,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   params.block_table_stride = block_table.stride(0);
   check_pages(kOp, params, block_table, seqlens_k, num_pages);
 
-  check_together(kOp, "k_scale", k_scale.has_value(), "v_scale", v_scale.has_value());
-  check(k_scale.has_value() == is_int8, kOp, "k_scale and v_scale must be given for int8 caches and no others");
+  check_scales(kOp, k_cache, k_scale, v_scale);
   if (is_int8) {
-    for (const auto& [name, scale] : {std::pair{"k_scale", &*k_scale}, std::pair{"v_scale", &*v_scale}}) {
-      check_shape(kOp, name, *scale,
-                  {{"num_pages", num_pages}, {"page_size", params.page_size}, {"num_kv_heads", shape.num_kv_heads}});
-      check_dtype(kOp, name, *scale, ScalarType::Float);
-    }
     params.k_scale = pages_of(*k_scale);
     params.v_scale = pages_of(*v_scale);
   } else {

@@ -1,4 +1,4 @@
-// int8 quantisation of keys and values.
+// int8 quantisation of keys and values, and their way out of the pages.
 #include "api/ops.h"
 #include "cpu/kernels.h"
 
@@ -68,6 +68,60 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
   params.v_out = v_out.mutable_data_ptr();
   cpu::kernels().dequantize_kv(params);
   return {k_out, v_out};
+}
+
+void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const OptionalTensor& k_scale,
+               const OptionalTensor& v_scale, const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
+               double attention_factor, std::optional<int64_t> chunk_len, Tensor k_out, Tensor v_out) {
+  constexpr const char* kOp = "gather_kv";
+  GatherParams params;
+  check_shape(kOp, "k_out", k_out, {{"n"}, {"num_kv_heads"}, {"head_dim"}});
+  params.dtype = check_float_dtype(kOp, "k_out", k_out);
+  params.num_keys = k_out.size(0);
+  params.num_kv_heads = k_out.size(1);
+  params.head_dim = k_out.size(2);
+  check_head_dim(kOp, params.head_dim);
+  check_shape(kOp, "v_out", v_out,
+              {{"n", params.num_keys}, {"num_kv_heads", params.num_kv_heads}, {"head_dim", params.head_dim}});
+  check_dtype(kOp, "v_out", v_out, k_out.scalar_type());
+  for (const auto& [name, out] : {std::pair{"k_out", &k_out}, std::pair{"v_out", &v_out}}) {
+    check(out->stride(1) == params.head_dim || params.num_kv_heads <= 1, kOp, name,
+          " must have contiguous rows, got a head stride of ", out->stride(1));
+  }
+
+  check_caches(kOp, k_cache, v_cache, k_out.scalar_type(), "k_out", params.head_dim);
+  check(k_cache.size(2) == params.num_kv_heads, kOp, "k_cache must have num_kv_heads = ", params.num_kv_heads,
+        " (that of k_out), got ", k_cache.size(2));
+  check_scales(kOp, k_cache, k_scale, v_scale);
+  const bool is_int8 = k_scale.has_value();
+  check(is_int8 || !k_bias.has_value(), kOp, "k_bias must be given for int8 caches only");
+  params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
+  params.page_size = k_cache.size(1);
+  params.bias = check_bias(kOp, k_bias, nullptr, inv_freq, attention_factor, 0, params.num_kv_heads, params.head_dim);
+  if (chunk_len.has_value()) params.chunk_len = check_chunk_len(kOp, *chunk_len);
+
+  check_shape(kOp, "block_table", block_table, {{"num_pages"}});
+  check_dtype(kOp, "block_table", block_table, ScalarType::Int);
+  const int64_t pages_read = (params.num_keys + params.page_size - 1) / params.page_size;
+  check(block_table.size(0) >= pages_read, kOp, "block_table must have at least ceil(n / page_size) = ", pages_read,
+        " entries, got ", block_table.size(0));
+  params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  for (int64_t i = 0; i < pages_read; ++i) {
+    check(params.block_table[i] >= 0 && params.block_table[i] < k_cache.size(0), kOp,
+          "block_table must lie in [0, num_pages = ", k_cache.size(0), "), got ", params.block_table[i], " at [", i,
+          "]");
+  }
+  params.k = pages_of(k_cache);
+  params.v = pages_of(v_cache);
+  if (is_int8) {
+    params.k_scale = pages_of(*k_scale);
+    params.v_scale = pages_of(*v_scale);
+  }
+  params.k_out = k_out.mutable_data_ptr();
+  params.v_out = v_out.mutable_data_ptr();
+  params.k_out_stride = k_out.stride(0);
+  params.v_out_stride = v_out.stride(0);
+  cpu::kernels().gather_kv(params);
 }
 
 }  // namespace qwen_sparse::api

@@ -47,6 +47,11 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
                                          const OptionalTensor& k_bias, const OptionalTensor& positions,
                                          const OptionalTensor& inv_freq, double attention_factor, ScalarType dtype);
 
+// Fills k_out and v_out with the first k_out.size(0) keys and values of the pages.
+void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const OptionalTensor& k_scale,
+               const OptionalTensor& v_scale, const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
+               double attention_factor, std::optional<int64_t> chunk_len, Tensor k_out, Tensor v_out);
+
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                             const Tensor& block_table, const Tensor& seqlens_k,
                                             const OptionalTensor& k_scale, const OptionalTensor& v_scale,

@@ -6,15 +6,17 @@
 
 namespace qwen_sparse::cpu {
 
-#define QWEN_SPARSE_DECLARE_ISA(isa)                                                                                \
-  namespace isa {                                                                                                   \
-  void attention(const AttentionParams&, const HeadIndexView*);                                                     \
-  void select_scores(const SelectParams&);                                                                          \
-  void rotary(const RotaryParams&);                                                                                 \
-  void quantize_kv(const QuantizeParams&);                                                                          \
-  void dequantize_kv(const QuantizeParams&);                                                                        \
-  void decode_attention(const DecodeParams&);                                                                       \
-  constexpr Kernels kKernels{#isa, attention, select_scores, rotary, quantize_kv, dequantize_kv, decode_attention}; \
+#define QWEN_SPARSE_DECLARE_ISA(isa)                                                       \
+  namespace isa {                                                                          \
+  void attention(const AttentionParams&, const HeadIndexView*);                            \
+  void select_scores(const SelectParams&);                                                 \
+  void rotary(const RotaryParams&);                                                        \
+  void quantize_kv(const QuantizeParams&);                                                 \
+  void dequantize_kv(const QuantizeParams&);                                               \
+  void gather_kv(const GatherParams&);                                                     \
+  void decode_attention(const DecodeParams&);                                              \
+  constexpr Kernels kKernels{#isa,        attention,     select_scores, rotary,            \
+                             quantize_kv, dequantize_kv, gather_kv,     decode_attention}; \
   }
 
 QWEN_SPARSE_DECLARE_ISA(baseline)
@@ -85,6 +87,18 @@ void set_isa(const std::string& isa) {
   const bool use_variable = isa.empty() && variable != nullptr;
   const Kernels& chosen = use_variable ? choose(variable, "QWEN_SPARSE_CPU_ISA") : choose(isa, "isa");
   current.store(&chosen, std::memory_order_release);
+}
+
+std::vector<std::string> fast_matmul_dtypes() {
+  std::vector<std::string> names;
+#ifdef QWEN_SPARSE_X86
+  const bool has_bf16_dot = __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
+  if (has_bf16_dot || __builtin_cpu_supports("amx-bf16")) names.emplace_back("bfloat16");
+  if (__builtin_cpu_supports("avx512fp16")) names.emplace_back("float16");
+#else
+  names = {"bfloat16", "float16"};
+#endif
+  return names;
 }
 
 std::vector<std::string> supported_isas() {

@@ -16,6 +16,7 @@ struct Kernels {
   void (*rotary)(const RotaryParams&);
   void (*quantize_kv)(const QuantizeParams&);
   void (*dequantize_kv)(const QuantizeParams&);
+  void (*gather_kv)(const GatherParams&);
   void (*decode_attention)(const DecodeParams&);
 };
 
@@ -28,5 +29,9 @@ void set_isa(const std::string& isa);
 
 // Names of the sets in this build that this CPU runs, slowest first.
 std::vector<std::string> supported_isas();
+
+// Names of the 16-bit dtypes whose matrix products this CPU forms faster than float32 ones (AMX, AVX512_FP16, AMD's
+// AVX512_BF16; not Intel's, which has half the rate of float32 multiply-adds). CPUs other than x86: both, unmeasured.
+std::vector<std::string> fast_matmul_dtypes();
 
 }  // namespace qwen_sparse::cpu

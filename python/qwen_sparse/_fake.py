@@ -130,6 +130,23 @@ def _dequantize_kv(
     return k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
 
 
+@_fake("gather_kv")
+def _gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_bias: Tensor | None,
+    inv_freq: Tensor | None,
+    attention_factor: float,
+    chunk_len: int | None,
+    k_out: Tensor,
+    v_out: Tensor,
+) -> None:
+    return None
+
+
 @_fake("decode_attention")
 def _decode_attention(
     q: Tensor,

@@ -20,14 +20,12 @@ from .config import PAGE_SIZE, ModelConfig
 __all__ = ["KVRotation", "LayerPages", "PagedKVCache", "resolve_kv_cache_dtype"]
 
 _GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(1) copies per token
-_GATHER_TOKENS = 64 * PAGE_SIZE  # gathered or dequantised at a time: bounds the temporaries
 
 
 class _BiasArguments(TypedDict, total=False):
-    """The keyword arguments that quantize_kv and dequantize_kv need when keys carry a bias."""
+    """The keyword arguments that quantize_kv, gather_kv and decode_attention need when keys carry a bias."""
 
     k_bias: Tensor
-    positions: Tensor
     inv_freq: Tensor
     attention_factor: float
 
@@ -223,7 +221,11 @@ class PagedKVCache:
             self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
         values: tuple[Tensor, ...] = (k, v)
         if self.is_int8:
-            k_int8, k_scale, v_int8, v_scale = ops.quantize_kv(k, v, **self._bias(layer, start, end))
+            bias = self.bias_arguments(layer)
+            positions = torch.arange(start, end, device=self.device) if bias else None
+            if positions is not None and self.rotation is not None and self.rotation.chunk_len is not None:
+                positions %= self.rotation.chunk_len
+            k_int8, k_scale, v_int8, v_scale = ops.quantize_kv(k, v, positions=positions, **bias)
             values = (k_int8, v_int8, k_scale, v_scale)
         pools = [pool.flatten(0, 1) for pool in self._layers[layer] if pool is not None]
         if self._consecutive:
@@ -235,15 +237,13 @@ class PagedKVCache:
         for pool, value in zip(pools, values, strict=True):
             pool.index_copy_(0, slot_mapping, value)
 
-    def _bias(self, layer: int, start: int, end: int) -> _BiasArguments:
-        """The bias arguments of quantize_kv and dequantize_kv for tokens ``start`` to ``end``."""
+    def bias_arguments(self, layer: int) -> _BiasArguments:
+        """What the ops that read or write int8 pages need to know of the layer's key bias; empty without one."""
         rotation = self.rotation
-        if rotation is None or rotation.k_bias is None:
+        if not self.is_int8 or rotation is None or rotation.k_bias is None:
             return {}
-        positions = torch.arange(start, end, device=self.device)
         return {
             "k_bias": rotation.k_bias[layer],
-            "positions": positions if rotation.chunk_len is None else positions % rotation.chunk_len,
             "inv_freq": rotation.inv_freq,
             "attention_factor": rotation.attention_factor,
         }
@@ -290,18 +290,19 @@ class PagedKVCache:
         pages = self._layers[layer]
         if not self.is_int8 and self._consecutive:
             return pages.k.flatten(0, 1)[:num_tokens], pages.v.flatten(0, 1)[:num_tokens]
-        k, v = self._buffers()
-        for start in range(0, num_tokens, _GATHER_TOKENS):
-            end = min(start + _GATHER_TOKENS, num_tokens)
-            table = self.block_table[0, start // PAGE_SIZE : -(-end // PAGE_SIZE)].long()
-            k_part, v_part, *scales = (pool[table].flatten(0, 1)[: end - start] for pool in pages if pool is not None)
-            if scales:
-                k_part, v_part = ops.dequantize_kv(
-                    k_part, scales[0], v_part, scales[1], dtype=self.dtype, **self._bias(layer, start, end)
-                )
-            k[start:end].copy_(k_part)
-            v[start:end].copy_(v_part)
-        return k[:num_tokens], v[:num_tokens]
+        k, v = (buffer[:num_tokens] for buffer in self._buffers())
+        ops.gather_kv(
+            pages.k,
+            pages.v,
+            self.block_table[0],
+            k,
+            v,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            chunk_len=self.rotation.chunk_len if self.rotation else None,
+            **self.bias_arguments(layer),
+        )
+        return k, v
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         shape = (self.capacity, self.config.num_kv_heads, self.config.head_dim)

@@ -11,6 +11,7 @@ import torch
 
 from .config import PAGE_SIZE, ModelConfig
 from .kv_cache import resolve_kv_cache_dtype
+from .models.linear import widened_bytes, widens
 
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
@@ -26,8 +27,6 @@ __all__ = [
 
 DEFAULT_CHUNK_TOKENS = 4096
 """Tokens per prefill chunk on CPUs unless the caller says otherwise."""
-
-_DEQUANTIZE_TOKENS = 8192  # tokens that the int8 workspace is filled by at a time
 
 _CONTROL_GROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
@@ -101,8 +100,9 @@ def estimate_memory(
       output H D b and LSE 4 H; and H D b + (2 I + E) b for the fused gate and up projections and the MLP's
       output. The logits of one row, 4 x vocabulary, come on top. Kernel scratch (a tile per thread) is left
       out.
-    - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b, with the slice that fills
-      them; models with sparse budgets: the selection's scores, 8 H n. Otherwise 0.
+    - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; models with
+      sparse budgets: the selection's scores, 8 H n; CPUs that multiply 16-bit matrices in float32: the widened
+      operands of the largest product. Otherwise 0.
 
     Args:
         config: the model.
@@ -128,13 +128,22 @@ def estimate_memory(
     row = 2 * config.hidden_size * item + max(attention, mlp)
     workspace = 0
     if storage_dtype == torch.int8:
-        workspace += 2 * (seqlen + min(seqlen, _DEQUANTIZE_TOKENS)) * kv_heads * head_dim * item
+        workspace += 2 * seqlen * kv_heads * head_dim * item
     if config.sparse is not None:
         workspace += 8 * heads * seqlen
+    rows = min(chunk_tokens, seqlen)
+    products = (
+        (config.hidden_size, (heads + 2 * kv_heads) * head_dim),
+        (heads * head_dim, config.hidden_size),
+        (config.hidden_size, 2 * config.intermediate_size),
+        (config.intermediate_size, config.hidden_size),
+    )
+    if widens(dtype, torch.device("cpu")):
+        workspace += max(widened_bytes(rows, *sizes) for sizes in products)
     return MemoryEstimate(
         weights=weight_elements(config) * item,
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
-        activations=min(chunk_tokens, seqlen) * row + 4 * config.vocab_size,
+        activations=rows * row + 4 * config.vocab_size,
         workspace=workspace,
     )
 

@@ -28,6 +28,7 @@ __all__ = [
     "decode_attention",
     "dequantize_kv",
     "dual_chunk_attention",
+    "gather_kv",
     "quantize_kv",
     "rotary",
     "select_vertical_slash",
@@ -344,6 +345,39 @@ def dequantize_kv(
     """
     full_k, full_v = _ops.dequantize_kv(k, k_scale, v, v_scale, k_bias, positions, inv_freq, attention_factor, dtype)
     return full_k, full_v
+
+
+def gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_factor: float = 1.0,
+    chunk_len: int | None = None,
+) -> None:
+    """Copy the first n keys and values of a paged cache to contiguous buffers; int8 is dequantised on the way.
+
+    Args:
+        k_cache, v_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of ``k_out`` or int8.
+        block_table: int32 ``[max_pages]``, page numbers of the sequence in order.
+        k_out, v_out: written; ``[n, num_kv_heads, head_dim]``, bfloat16, float16 or float32, whole rows contiguous.
+        k_scale, v_scale: float32 ``[num_pages, page_size, num_kv_heads]``; required for int8 caches.
+        k_bias: the bias that :func:`quantize_kv` subtracted, float32 ``[num_kv_heads, head_dim]``; with ``inv_freq``.
+        inv_freq, attention_factor: as in :func:`rotary`; with ``k_bias``.
+        chunk_len: keys were rotated at their position modulo this (Dual Chunk Attention); None: at their position.
+
+    Raises:
+        ValueError: a shape or dtype rule is broken, or ``block_table`` is short or names a page that does not exist.
+    """
+    _ops.gather_kv(
+        k_cache, v_cache, block_table, k_scale, v_scale, k_bias, inv_freq, attention_factor, chunk_len, k_out, v_out
+    )
 
 
 def decode_attention(

@@ -337,6 +337,42 @@ def dequantize_kv(
     return full_k.to(dtype), (v.double() * v_scale.double().unsqueeze(-1)).to(dtype)
 
 
+def gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_factor: float = 1.0,
+    chunk_len: int | None = None,
+) -> None:
+    """The pages' rows one after the other, dequantised where they are int8."""
+    num_keys = k_out.shape[0]
+    pages = block_table[: -(-num_keys // k_cache.shape[1])].long()
+    k, v = (cache[pages].flatten(0, 1)[:num_keys] for cache in (k_cache, v_cache))
+    if k_scale is not None and v_scale is not None:
+        positions = torch.arange(num_keys) % (num_keys + 1 if chunk_len is None else chunk_len)
+        k_scale, v_scale = (scale[pages].flatten(0, 1)[:num_keys] for scale in (k_scale, v_scale))
+        k, v = dequantize_kv(
+            k,
+            k_scale,
+            v,
+            v_scale,
+            dtype=k_out.dtype,
+            k_bias=k_bias,
+            positions=None if k_bias is None else positions,
+            inv_freq=inv_freq,
+            attention_factor=attention_factor,
+        )
+    k_out.copy_(k)
+    v_out.copy_(v)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -1,12 +1,12 @@
 // Prefill attention: dense, vertical-slash and dual-chunk, in one pass with one online softmax.
 //
 // A task is a block of 64 rows (aligned to 64 absolute positions) of one head, or, when all heads of a kv group see
-// the same keys (dense), of several heads of the group, so that they share the packed tiles. Under dual-chunk
+// the same keys (dense), of several heads of the group, so that they share the staged tiles. Under dual-chunk
 // attention a block lies in one chunk (chunk_len is a multiple of 64); its keys are visited stage by stage, inter,
-// succ, intra, with the query rotation swapped at the border. Scratch is O(tile): the packed tiles, scores, staged
-// queries and outputs of a block.
+// succ, intra, with the query rotation swapped at the border. Scratch is O(tile): the staged tiles, scores, queries
+// and outputs of a block.
 #include "cpu/head_index.h"
-#include "cpu/isa/tile.h"
+#include "cpu/isa/prefill_tile.h"
 #include "cpu/parallel.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
@@ -14,7 +14,14 @@ namespace {
 
 constexpr int64_t kMaxHeadsPerTask = 8;  // bounds the scratch of a task: 8 heads x 64 rows x (Q + O) = 512 KiB at 128
 
-// Walks the keys in [lo, hi) that a block attends, up to kBlockN at a time: slash runs first, then the vertical
+// The keys of one tile: first those in slash runs (or all, when dense), then vertical columns.
+struct KeyTile {
+  int64_t count, num_in_runs;
+  int32_t positions[kTileKeys];
+  int32_t ranks[kTileKeys];  // of the columns: which of the head's columns
+};
+
+// Walks the keys in [lo, hi) that a block attends, up to kTileKeys at a time: slash runs first, then the vertical
 // columns that no run covers. Without an index: every key.
 class KeyTiles {
  public:
@@ -23,28 +30,33 @@ class KeyTiles {
     if (index != nullptr) column_ = first_column_from(lo);
   }
 
-  // Writes the next keys' positions and returns how many; 0 at the end.
-  int64_t next(int32_t* positions) {
+  // Fills the tile's positions (and the columns' ranks) with the next keys; false at the end.
+  bool next(KeyTile& tile) {
     int64_t count = 0;
-    while (count < kBlockN && run_ < num_runs()) {
+    while (count < kTileKeys && run_ < num_runs()) {
       int64_t begin = lo_, end = hi_;
       if (index_ != nullptr) {
         begin = max(lo_, block_start_ - index_->runs[run_].hi);
         end = min(hi_, block_start_ - index_->runs[run_].lo + kBlockM);
       }
       begin = max(begin, next_key_);
-      const int64_t taken = max<int64_t>(0, min(end - begin, kBlockN - count));
-      for (int64_t i = 0; i < taken; ++i) positions[count + i] = static_cast<int32_t>(begin + i);
+      const int64_t taken = max<int64_t>(0, min(end - begin, kTileKeys - count));
+      for (int64_t i = 0; i < taken; ++i) tile.positions[count + i] = static_cast<int32_t>(begin + i);
       count += taken;
       next_key_ = max(next_key_, begin + taken);
       if (begin + taken >= end) ++run_;
     }
-    if (index_ == nullptr) return count;
-    for (; count < kBlockN && column_ < index_->num_columns && index_->columns[column_] < hi_; ++column_) {
-      const int32_t column = index_->columns[column_];
-      if (!is_covered(column)) positions[count++] = column;
+    tile.num_in_runs = count;
+    if (index_ != nullptr) {
+      for (; count < kTileKeys && column_ < index_->num_columns && index_->columns[column_] < hi_; ++column_) {
+        const int32_t column = index_->columns[column_];
+        if (is_covered(column)) continue;
+        tile.ranks[count] = static_cast<int32_t>(column_);
+        tile.positions[count++] = column;
+      }
     }
-    return count;
+    tile.count = count;
+    return count > 0;
   }
 
  private:
@@ -125,32 +137,33 @@ class PrefillAttention {
   struct Scratch {
     Scratch(Arena& arena, int64_t num_heads)
         : q(arena.take<Elem>(num_heads * kBlockM * kHeadDim / Dot::kPair)),
-          packed_k(arena.take<Elem>(kBlockN * kHeadDim / Dot::kPair)),
-          packed_v(arena.take<Elem>(kBlockN * kHeadDim / Dot::kPair)),
-          s(arena.take<float>(kBlockM * kBlockN)),
+          k(arena.take<Elem>(kTileKeys * kHeadDim / Dot::kPair)),
+          v(arena.take<Elem>(kTileKeys * (kHeadDim + kPadV) / Dot::kPair)),
+          s(arena.take<float>(kTileKeys * kBlockM)),
           m(arena.take<float>(num_heads * kBlockM)),
           l(arena.take<float>(num_heads * kBlockM)),
           o(arena.take<float>(num_heads * kBlockM * kHeadDim)),
-          limits(arena.take<RowLimits>(kBlockM)),
-          positions(arena.take<int32_t>(kBlockN)) {}
+          lower(arena.take<int32_t>(kBlockM)),
+          upper(arena.take<int32_t>(kBlockM)),
+          tile(arena.take<KeyTile>(1)) {}
 
     Elem* q_of(int64_t head) const { return q + head * kBlockM * kHeadDim / Dot::kPair; }
-    SoftmaxState state_of(int64_t head) const {
+    LaneState state_of(int64_t head) const {
       return {m + head * kBlockM, l + head * kBlockM, o + head * kBlockM * kHeadDim};
     }
 
-    Elem *q, *packed_k, *packed_v;
+    Elem *q, *k, *v;
     float *s, *m, *l, *o;
-    RowLimits* limits;
-    int32_t* positions;
+    int32_t *lower, *upper;  // row r attends lower[r] < position <= upper[r]
+    KeyTile* tile;
   };
 
   void run_block(const Block& block, const Scratch& scratch) const {
-    for (int64_t h = 0; h < block.num_heads; ++h) reset(scratch.state_of(h), block.rows(), kHeadDim);
-    for (int64_t r = 0; r < block.rows(); ++r) {
-      const int64_t position = block.begin + r;
-      scratch.limits[r] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
-                           static_cast<int32_t>(p_.causal ? position : p_.shape.seqlen_k - 1)};
+    for (int64_t h = 0; h < block.num_heads; ++h) reset(scratch.state_of(h), kHeadDim);
+    for (int64_t r = 0; r < kBlockM; ++r) {
+      const int64_t position = min(block.begin + r, block.end - 1);
+      scratch.lower[r] = static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN));
+      scratch.upper[r] = static_cast<int32_t>(p_.causal ? position : p_.shape.seqlen_k - 1);
     }
     const int64_t lo = max<int64_t>(0, block.begin - p_.window + 1);
     const int64_t hi = p_.causal ? max<int64_t>(0, block.end) : p_.shape.seqlen_k;
@@ -174,59 +187,83 @@ class PrefillAttention {
   // Attends the block's keys in [lo, hi) with one query rotation; returns the number of attended (row, key) pairs.
   int64_t run_stage(const Block& block, const Rows& q, int64_t lo, int64_t hi, const Scratch& scratch) const {
     if (lo >= hi) return 0;
-    KeyTiles tiles(heads_ == nullptr ? nullptr : heads_ + block.first_head, block.start, lo, hi);
+    const HeadIndexView* index = heads_ == nullptr ? nullptr : heads_ + block.first_head;
+    KeyTiles tiles(index, block.start, lo, hi);
+    KeyTile& tile = *scratch.tile;
+    const int64_t vecs = ceil_div(block.rows(), kLanes);
     bool staged = false;
     int64_t attended = 0;
-    while (const int64_t count = tiles.next(scratch.positions)) {
+    while (tiles.next(tile)) {
       if (!staged) stage_queries(block, q, scratch);
       staged = true;
-      for (int64_t i = count; i < round_up_to_lanes(count); ++i) scratch.positions[i] = INT32_MAX;
-      const auto row_in = [&](const Rows& rows) {
-        const T* head = static_cast<const T*>(rows.data) + block.kv_head * rows.head_stride;
-        return [=](int64_t i) { return head + scratch.positions[i] * rows.row_stride; };
-      };
-      pack_k<Dot>(count, kHeadDim, row_in(p_.k), scratch.packed_k);
-      pack_v<Dot>(count, kHeadDim, row_in(p_.v), scratch.packed_v);
-      const RowLimits* limits = needs_mask(block, scratch, count) ? scratch.limits : nullptr;
+      const bool masked = needs_mask(block, scratch);
+      const int64_t count = stage_keys(block, index, scratch);
       for (int64_t h = 0; h < block.num_heads; ++h) {
-        score_tile<Dot>(block.rows(), count, kHeadDim, scratch.q_of(h), scratch.packed_k, scratch.s);
-        attend_scores<Dot>(block.rows(), count, kHeadDim, scratch.s, scratch.packed_v, p_.softmax_scale * kLog2E,
-                           limits, scratch.positions, scratch.state_of(h));
+        attend_tile<Dot, kHeadDim>(count, vecs, scratch.q_of(h), scratch.k, scratch.v, p_.softmax_scale * kLog2E,
+                                   tile.positions, {masked ? scratch.lower : nullptr, scratch.upper}, scratch.s,
+                                   scratch.state_of(h));
       }
-      if (p_.attended != nullptr) attended += count_pairs(block, scratch, count);
+      if (p_.attended != nullptr) attended += count_pairs(block, tile);
     }
     return attended;
   }
 
   void stage_queries(const Block& block, const Rows& q, const Scratch& scratch) const {
     for (int64_t h = 0; h < block.num_heads; ++h) {
-      const T* head = static_cast<const T*>(q.data) + (block.first_head + h) * q.head_stride;
-      for (int64_t r = 0; r < block.rows(); ++r) {
-        stage_query_row<Dot>(head + (block.begin - past_ + r) * q.row_stride, kHeadDim,
-                             scratch.q_of(h) + r * kHeadDim / Dot::kPair);
-      }
+      const T* first =
+          static_cast<const T*>(q.data) + (block.begin - past_) * q.row_stride + (block.first_head + h) * q.head_stride;
+      stage_queries_in_lanes<Dot, T>(
+          block.rows(), kHeadDim, [=](int64_t r) { return first + r * q.row_stride; }, scratch.q_of(h));
     }
   }
 
-  bool needs_mask(const Block& block, const Scratch& scratch, int64_t count) const {
-    if (count % kLanes != 0) return true;
-    int32_t lowest = INT32_MAX, highest = INT32_MIN;
-    for (int64_t i = 0; i < count; ++i) lowest = min(lowest, scratch.positions[i]);
-    for (int64_t i = 0; i < count; ++i) highest = max(highest, scratch.positions[i]);
-    return highest > scratch.limits[0].upper || lowest <= scratch.limits[block.rows() - 1].lower;
+  // Brings the tile's keys and values to the scratch; a masked copy of the last one makes their number even.
+  int64_t stage_keys(const Block& block, const HeadIndexView* index, const Scratch& scratch) const {
+    KeyTile& tile = *scratch.tile;
+    const T* k = static_cast<const T*>(p_.k.data) + block.kv_head * p_.k.head_stride;
+    const T* v = static_cast<const T*>(p_.v.data) + block.kv_head * p_.v.head_stride;
+    const auto row_of = [&](int64_t i, const T* head, int64_t stride, const void* columns) {
+      return i < tile.num_in_runs ? head + tile.positions[i] * stride
+                                  : static_cast<const T*>(columns) + tile.ranks[i] * kHeadDim;
+    };
+    if (tile.count % 2 != 0) tile.positions[tile.count] = INT32_MAX;
+    const int64_t count = tile.count + tile.count % 2;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t key = min(i, tile.count - 1);
+      stage_key<Dot>(row_of(key, k, p_.k.row_stride, index == nullptr ? nullptr : index->column_k), kHeadDim,
+                     scratch.k + i * (kHeadDim / Dot::kPair));
+    }
+    for (int64_t i = 0; i < count; i += Dot::kPair) {
+      const void* columns = index == nullptr ? nullptr : index->column_v;
+      stage_values<Dot>(row_of(min(i, tile.count - 1), v, p_.v.row_stride, columns),
+                        row_of(min(i + 1, tile.count - 1), v, p_.v.row_stride, columns), kHeadDim,
+                        scratch.v + i / Dot::kPair * (kHeadDim + kPadV));
+    }
+    return count;
   }
 
-  int64_t count_pairs(const Block& block, const Scratch& scratch, int64_t count) const {
+  bool needs_mask(const Block& block, const Scratch& scratch) const {
+    const KeyTile& tile = *scratch.tile;
+    if (tile.count % 2 != 0) return true;
+    int32_t lowest = INT32_MAX, highest = INT32_MIN;
+    for (int64_t i = 0; i < tile.count; ++i) lowest = min(lowest, tile.positions[i]);
+    for (int64_t i = 0; i < tile.count; ++i) highest = max(highest, tile.positions[i]);
+    return highest > scratch.upper[0] || lowest <= scratch.lower[block.rows() - 1];
+  }
+
+  int64_t count_pairs(const Block& block, const KeyTile& tile) const {
     int64_t pairs = 0;
-    for (int64_t i = 0; i < count; ++i) pairs += block.end - max<int64_t>(block.begin, scratch.positions[i]);
+    for (int64_t i = 0; i < tile.count; ++i) pairs += block.end - max<int64_t>(block.begin, tile.positions[i]);
     return pairs;
   }
 
-  void write_head(const Block& block, int64_t head, const SoftmaxState& state) const {
+  void write_head(const Block& block, int64_t head, const LaneState& state) const {
+    const int64_t first = (block.begin - past_) * p_.shape.num_heads + head;
+    T* out = static_cast<T*>(p_.out) + first * kHeadDim;
+    const int64_t stride = p_.shape.num_heads * kHeadDim;
+    write_rows<T>(state, block.rows(), kHeadDim, [=](int64_t r) { return out + r * stride; });
     for (int64_t r = 0; r < block.rows(); ++r) {
-      const int64_t index = (block.begin - past_ + r) * p_.shape.num_heads + head;
-      write_row(state.o + r * kHeadDim, state.l[r], kHeadDim, static_cast<T*>(p_.out) + index * kHeadDim);
-      p_.lse[index] = natural_lse(state.m[r], state.l[r]);
+      p_.lse[first + r * p_.shape.num_heads] = natural_lse(state.m[r], state.l[r]);
     }
   }
 

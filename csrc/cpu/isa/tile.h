@@ -24,6 +24,7 @@ struct Fp32Dot {
   using Elem = float;
   static constexpr int kPair = 1;
   using Vec = VecF;
+  using Raw = VecF;  // kLanes elements on their way through a transposition
   QWEN_SPARSE_INLINE Vec broadcast(Elem a) { return splat(a); }
   QWEN_SPARSE_INLINE Vec read(const Elem* p) { return load(p); }
   QWEN_SPARSE_INLINE VecF fma(Vec a, Vec b, VecF c) { return a * b + c; }
@@ -34,10 +35,18 @@ struct Bf16Dot {
   using Elem = uint32_t;  // two consecutive bf16 along the summed dimension
   static constexpr int kPair = 2;
   using Vec = __m512i;
+  using Raw = VecU;
   QWEN_SPARSE_INLINE Vec broadcast(Elem a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   QWEN_SPARSE_INLINE Vec read(const Elem* p) { return _mm512_loadu_si512(p); }
   QWEN_SPARSE_INLINE VecF fma(Vec a, Vec b, VecF c) {
     return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  // Lane by lane: `low` and `high`, rounded, as the two halves of one element.
+  QWEN_SPARSE_INLINE Vec round_pair(VecF low, VecF high) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);  // 16 low ones, then 16 high ones
+    const VecU order = {0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
+                        0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f};
+    return _mm512_permutexvar_epi16((__m512i)order, both);
   }
 };
 #endif

@@ -124,22 +124,23 @@ QWEN_SPARSE_INLINE float reduce_sum(VecF v) {
   return result;
 }
 
-// 2^x for x <= 0 (and a little above), relative error below 2e-7; 0 below the normal range, so 2^-inf = 0.
-QWEN_SPARSE_INLINE VecF exp2_nonpositive(VecF x) {
+// 2^x for -126 <= x <= 1 or so, relative error below 3e-7.
+QWEN_SPARSE_INLINE VecF exp2_normal(VecF x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const VecF shifted = x + kRound;
-  const VecI exponent = (VecI)shifted - 0x4B400000;
   const VecF f = x - (shifted - kRound);  // [-0.5, 0.5]
-  VecF p = splat(1.5403530e-4f);          // ln(2)^n / n!
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  VecF p = splat(1.32647273e-03f);
+  p = p * f + 9.67151299e-03f;
+  p = p * f + 5.55073358e-02f;
+  p = p * f + 2.40222424e-01f;
+  p = p * f + 6.93147004e-01f;
   p = p * f + 1.0f;
-  const VecF scale = (VecF)((exponent + 127) << 23);
-  return x < -126.0f ? VecF{} : p * scale;
+  return (VecF)((VecI)p + ((VecI)shifted << 23));  // the integer goes to the exponent, kRound's own bits drop out
 }
+// 2^x for x <= 0 (and a little above); 0 below the normal range, so 2^-inf = 0.
+QWEN_SPARSE_INLINE VecF exp2_nonpositive(VecF x) { return x < -126.0f ? VecF{} : exp2_normal(x); }
+// The same with 2^-126 instead of 0 there, which no sum with a weight of 1 in it can tell apart.
+QWEN_SPARSE_INLINE VecF exp2_clamped(VecF x) { return exp2_normal(vmax(splat(-126.0f), x)); }
 
 // Transposes kLanes vectors in place: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
 template <typename Vec>

@@ -31,6 +31,7 @@ from ..config import ModelConfig
 from ..kv_cache import KVRotation, PagedKVCache, resolve_kv_cache_dtype
 from ..memory import resident_memory
 from ..tokenizer import Tokenizer
+from .linear import linear
 
 __all__ = ["AttentionMode", "ForwardStats", "LayerWeights", "Output", "Phase", "Qwen2Model", "Qwen2Weights"]
 
@@ -313,7 +314,7 @@ class Qwen2Model:
         if output == "none":
             return None
         hidden = _rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
-        logits = F.linear(hidden, self.weights.lm_head).float()
+        logits = linear(hidden, self.weights.lm_head).float()
         stats.lap("linear")
         return logits if output == "all" else logits[0]
 
@@ -321,7 +322,7 @@ class Qwen2Model:
         """One decoder layer: all K and V are cached, the last ``rows`` rows are returned."""
         config, weights, stats = self.config, self.weights.layers[layer], step.stats
         normed = _rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
-        qkv = F.linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
+        qkv = linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
         q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         rotated, k = self._rotate(q, k, step)
         stats.lap("linear")
@@ -332,12 +333,12 @@ class Qwen2Model:
         attended = self._attend(layer, rotated, rows, step)
         stats.sample_memory()
         del normed, qkv, q, k, v, rotated  # the MLP's activations take their place
-        hidden = hidden[-rows:] + F.linear(attended.flatten(1), weights.o)
+        hidden = hidden[-rows:] + linear(attended.flatten(1), weights.o)
         normed = _rms_norm(hidden, weights.post_attention_norm, config.rms_norm_eps)
-        gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
+        gate, up = linear(normed, weights.gate_up).chunk(2, dim=-1)
         gate = F.silu(gate, inplace=True).mul_(up)
         stats.sample_memory()
-        hidden += F.linear(gate, weights.down)
+        hidden += linear(gate, weights.down)
         stats.lap("linear")
         return hidden
 
@@ -410,7 +411,6 @@ class Qwen2Model:
     def _attend_pages(self, layer: int, q: _Rotated, step: _Step) -> Tensor:
         """Dense attention of a few rows, read from the pages."""
         cache, pages = step.cache, step.cache.pages(layer)
-        biases = self._kv_rotation.k_bias if cache.is_int8 else None
         out = ops.decode_attention(
             q.q[None],
             pages.k,
@@ -419,13 +419,11 @@ class Qwen2Model:
             torch.tensor([step.end], dtype=torch.int32, device=self.device),
             k_scale=pages.k_scale,
             v_scale=pages.v_scale,
-            k_bias=None if biases is None else biases[layer],
-            inv_freq=None if biases is None else self.inv_freq,
-            attention_factor=self.attention_factor,
             q_succ=None if q.q_succ is None else q.q_succ[None],
             q_inter=None if q.q_inter is None else q.q_inter[None],
             chunk_len=q.chunk_len,
             softmax_scale=step.scale,
+            **cache.bias_arguments(layer),
         )
         return cast(Tensor, out)[0]
 
