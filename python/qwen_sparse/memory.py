@@ -11,7 +11,7 @@ import torch
 
 from .config import PAGE_SIZE, ModelConfig
 from .kv_cache import resolve_kv_cache_dtype
-from .models.linear import widened_bytes, widens
+from .models.linear import WIDEN_ROWS, widened_bytes, widens
 
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
@@ -101,8 +101,9 @@ def estimate_memory(
       output. The logits of one row, 4 x vocabulary, come on top. Kernel scratch (a tile per thread) is left
       out.
     - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; models with
-      sparse budgets: the selection's scores, 8 H n; CPUs that multiply 16-bit matrices in float32: the widened
-      operands of the largest product. Otherwise 0.
+      sparse budgets: the selection's scores, 8 H n; CPUs that multiply 16-bit matrices in float32: the MLP's
+      activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and results, at most 48 MB; I is
+      then not in the activations. Otherwise 0.
 
     Args:
         config: the model.
@@ -124,22 +125,17 @@ def estimate_memory(
     heads, kv_heads, head_dim, item = config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize
     rotations = 3 * heads + kv_heads if config.dual_chunk else heads + kv_heads
     attention = (heads + 2 * kv_heads + rotations + heads) * head_dim * item + 4 * heads
-    mlp = (heads * head_dim + 2 * config.intermediate_size + config.hidden_size) * item
+    rows = min(chunk_tokens, seqlen)
+    wide = rows >= WIDEN_ROWS and widens(dtype, torch.device("cpu"))
+    mlp = (heads * head_dim + config.hidden_size + (0 if wide else 2 * config.intermediate_size)) * item
     row = 2 * config.hidden_size * item + max(attention, mlp)
     workspace = 0
     if storage_dtype == torch.int8:
         workspace += 2 * seqlen * kv_heads * head_dim * item
     if config.sparse is not None:
         workspace += 8 * heads * seqlen
-    rows = min(chunk_tokens, seqlen)
-    products = (
-        (config.hidden_size, (heads + 2 * kv_heads) * head_dim),
-        (heads * head_dim, config.hidden_size),
-        (config.hidden_size, 2 * config.intermediate_size),
-        (config.intermediate_size, config.hidden_size),
-    )
-    if widens(dtype, torch.device("cpu")):
-        workspace += max(widened_bytes(rows, *sizes) for sizes in products)
+    if wide:
+        workspace += widened_bytes(rows, config.hidden_size, config.intermediate_size)
     return MemoryEstimate(
         weights=weight_elements(config) * item,
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),

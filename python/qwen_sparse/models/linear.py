@@ -3,10 +3,12 @@
 CPUs without AMX multiply bfloat16 matrices at half the float32 rate or less: vdpbf16ps issues every other cycle on
 Intel's server cores, and without AVX512_BF16 the product is emulated (``bench/bench_linear.py`` measures it). For
 the many rows of a prefill chunk it pays to widen activations and weights on the way; sums are float32 either way and
-the result is rounded once.
+results are rounded once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .. import _C
 
-__all__ = ["WIDEN_ROWS", "linear", "widened_bytes", "widens"]
+__all__ = ["WIDEN_ROWS", "gated_mlp", "linear", "widened_bytes", "widens"]
 
 WIDEN_ROWS = 256
 """From so many rows on, widening a weight costs less than it saves (measured: even at about 100)."""
@@ -30,18 +32,6 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype != torch.float32 and dtype not in _FAST
 
 
-def _piece_columns(num_rows: int, size: int) -> int:
-    return max(1, _PIECE_BYTES // 4 // max(size, min(num_rows, _ROW_BLOCK)))
-
-
-def widened_bytes(num_rows: int, size: int, columns: int) -> int:
-    """Bytes that :func:`linear` needs besides its arguments and result where it widens."""
-    if num_rows < WIDEN_ROWS:
-        return 0
-    rows, columns = min(num_rows, _ROW_BLOCK), min(columns, _piece_columns(num_rows, size))
-    return 4 * (rows * size + columns * (size + rows))
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
@@ -53,15 +43,54 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[n, out]``, dtype of ``x``, rounded once from float32 sums.
     """
-    num_rows, size = x.shape
-    if num_rows < WIDEN_ROWS or not widens(x.dtype, x.device):
+    if x.shape[0] < WIDEN_ROWS or not widens(x.dtype, x.device):
         return F.linear(x, weight, bias)
-    out = x.new_empty(num_rows, weight.shape[0])
-    columns = _piece_columns(num_rows, size)
-    for rows, target in zip(x.split(_ROW_BLOCK), out.split(_ROW_BLOCK), strict=True):
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, target in zip(torch.split(x, _ROW_BLOCK), torch.split(out, _ROW_BLOCK), strict=True):
         wide = rows.float()
-        for begin in range(0, weight.shape[0], columns):
-            piece = slice(begin, begin + columns)
+        for piece in _pieces(wide, weight.shape[0]):
             wide_bias = None if bias is None else bias[piece].float()
             target[:, piece] = F.linear(wide, weight[piece].float(), wide_bias)
     return out
+
+
+def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``(silu(x @ gate.T) * (x @ up.T)) @ down.T``, the SwiGLU MLP; where it widens, in float32 all the way.
+
+    Args:
+        x: ``[n, hidden]``.
+        gate_up: ``[2 intermediate, hidden]``: rows of gate, then up.
+        down: ``[hidden, intermediate]``.
+
+    Returns:
+        ``[n, hidden]``, dtype of ``x``.
+    """
+    if x.shape[0] < WIDEN_ROWS or not widens(x.dtype, x.device):
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate, inplace=True).mul_(up), down)
+    out = torch.empty_like(x)
+    gate_weight, up_weight = gate_up.chunk(2)
+    buffer = x.new_empty(min(x.shape[0], _ROW_BLOCK), down.shape[1], dtype=torch.float32)
+    for rows, target in zip(torch.split(x, _ROW_BLOCK), torch.split(out, _ROW_BLOCK), strict=True):
+        wide = rows.float()
+        activations = buffer[: wide.shape[0]]
+        for piece in _pieces(wide, down.shape[1]):
+            gate = F.silu(F.linear(wide, gate_weight[piece].float()), inplace=True)
+            torch.mul(gate, F.linear(wide, up_weight[piece].float()), out=activations[:, piece])
+        for piece in _pieces(activations, x.shape[1]):
+            target[:, piece] = F.linear(activations, down[piece].float())
+    return out
+
+
+def widened_bytes(num_rows: int, hidden_size: int, intermediate_size: int) -> int:
+    """Bytes that :func:`gated_mlp`, which takes more than the other products, needs where it widens."""
+    rows = min(num_rows, _ROW_BLOCK)
+    pieces = min(3 * _PIECE_BYTES, 4 * intermediate_size * (2 * rows + hidden_size))
+    return 4 * rows * (hidden_size + intermediate_size) + pieces
+
+
+def _pieces(wide: Tensor, columns: int) -> Iterator[slice]:
+    """Cuts the output columns so that neither widened weights nor results of a piece exceed ``_PIECE_BYTES``."""
+    step = max(1, _PIECE_BYTES // 4 // max(wide.shape))
+    for begin in range(0, columns, step):
+        yield slice(begin, min(begin + step, columns))

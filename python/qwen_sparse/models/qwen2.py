@@ -31,7 +31,7 @@ from ..config import ModelConfig
 from ..kv_cache import KVRotation, PagedKVCache, resolve_kv_cache_dtype
 from ..memory import resident_memory
 from ..tokenizer import Tokenizer
-from .linear import linear
+from .linear import gated_mlp, linear
 
 __all__ = ["AttentionMode", "ForwardStats", "LayerWeights", "Output", "Phase", "Qwen2Model", "Qwen2Weights"]
 
@@ -335,10 +335,8 @@ class Qwen2Model:
         del normed, qkv, q, k, v, rotated  # the MLP's activations take their place
         hidden = hidden[-rows:] + linear(attended.flatten(1), weights.o)
         normed = _rms_norm(hidden, weights.post_attention_norm, config.rms_norm_eps)
-        gate, up = linear(normed, weights.gate_up).chunk(2, dim=-1)
-        gate = F.silu(gate, inplace=True).mul_(up)
+        hidden += gated_mlp(normed, weights.gate_up, weights.down)
         stats.sample_memory()
-        hidden += linear(gate, weights.down)
         stats.lap("linear")
         return hidden
 
