@@ -14,7 +14,7 @@ constexpr int64_t kSelectSplit = 4096;              // keys per task of the sele
 constexpr int64_t kSelectPartials = 3 * kMaxLastQ;  // floats of workspace per task
 constexpr int64_t kDecodeSplit = 2048;              // keys per task of decode
 constexpr int64_t kMaxDecodeRows = 64;              // (row, head) pairs of one kv head that a decode task takes
-constexpr int64_t kBiasTable = 128;                 // key positions of a decode tile
+constexpr int64_t kBiasTable = 64;                  // key positions of half a decode tile
 constexpr int64_t kNoWindow = INT64_MAX / 4;
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt8 };
@@ -152,7 +152,7 @@ struct DecodePlan {
         num_splits((p.shape.seqlen_k + kDecodeSplit - 1) / kDecodeSplit),
         num_tasks(p.batch * p.shape.num_kv_heads * row_blocks * num_splits),
         floats_per_task(rows_per_task * group_size * (p.shape.head_dim + 2)),
-        bias_table_size(p.bias.data == nullptr ? 0 : p.shape.num_kv_heads * p.shape.head_dim * kBiasTable) {}
+        bias_table_size(p.bias.data == nullptr ? 0 : p.shape.head_dim * kBiasTable) {}
 
   int64_t workspace_size() const { return bias_table_size + num_tasks * floats_per_task; }
 };
