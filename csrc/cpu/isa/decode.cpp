@@ -68,22 +68,26 @@ class DecodeAttention {
     }
     stage_queries(task, scratch);
     const int64_t last_limit = scratch.limits[rows - 1].lower;
-    for (int64_t key = begin; key < end;) {
-      const int64_t count = tile_end(key, end, p_.chunk_len) - key;
-      const int64_t columns = round_up_to_lanes(count);
-      load_tile(task, key, count, columns, scratch);
-      score(rows, key, columns, scratch);
+    Tile tile = locate(task, begin, end, scratch.tiles[0]);
+    while (true) {
+      const int64_t key = tile.first, count = tile.count, columns = round_up_to_lanes(count);
+      const bool is_last = key + count == end;
+      const Tile next = is_last ? tile : locate(task, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
+      pack_keys<kHeadDim>(tile.k, next.k, columns, scratch.packed_k);
+      score(rows, tile, columns, scratch);
       const bool masked = count % kLanes != 0 || key + count - 1 > first_position || key <= last_limit;
       for (int64_t i = 0; masked && i < columns; ++i) {
         scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
       }
       for (int64_t r = 0; r < rows; ++r) {
-        (masked ? scores_to_weights<true, kIsInt8> : scores_to_weights<false, kIsInt8>)(
-            scratch.s + r * kBlockN, columns, scratch.v_scale, scratch.limits[r], scratch.positions, state.m[r],
-            scratch.l[r], state.o + r * kHeadDim, kHeadDim);
+        (masked ? scores_to_weights<true, kIsInt8>
+                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kBlockN, columns, tile.v_scale, scratch.limits[r],
+                                                     scratch.positions, state.m[r], scratch.l[r],
+                                                     state.o + r * kHeadDim, kHeadDim);
       }
-      add_values<kHeadDim>(rows, count, scratch.s, scratch.v, state.o);
-      key += count;
+      add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      if (is_last) break;
+      tile = next;
     }
     for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[r]);
   }
@@ -132,6 +136,13 @@ class DecodeAttention {
     float* bias;       // [kMaxDecodeRows, kHeadDim] q . R_j b = bias[:half] . cos + bias[half:] . sin
   };
 
+  // Consecutive keys and where they lie; the last one repeats up to kBlockN, with scales of 0.
+  struct Tile {
+    int64_t first, count;
+    const C **k, **v;          // [kBlockN]
+    float *k_scale, *v_scale;  // [kBlockN], int8 only
+  };
+
   struct Scratch {
     explicit Scratch(Arena& arena)
         : packed_k(arena.take<Elem>(kBlockN * kElems)),
@@ -139,13 +150,15 @@ class DecodeAttention {
           sums(arena.take<Elem>(2 * kMaxDecodeRows * kBlockN)),
           turned(arena.take<float>(kMaxDecodeRows * kHeadDim)),
           l(arena.take<VecF>(kMaxDecodeRows)),
-          k(arena.take<const C*>(kBlockN)),
-          v(arena.take<const C*>(kBlockN)),
-          k_scale(arena.take<float>(kBlockN)),
-          v_scale(arena.take<float>(kBlockN)),
           limits(arena.take<RowLimits>(kMaxDecodeRows)),
           row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
           positions(arena.take<int32_t>(kBlockN)) {
+      for (Tile& tile : tiles) {
+        tile.k = arena.take<const C*>(kBlockN);
+        tile.v = arena.take<const C*>(kBlockN);
+        tile.k_scale = arena.take<float>(kBlockN);
+        tile.v_scale = arena.take<float>(kBlockN);
+      }
       for (Queries& rotation : q) {
         rotation.high = arena.take<Elem>(kMaxDecodeRows * kElems);
         rotation.low = arena.take<Elem>(kHasLow ? kMaxDecodeRows * kElems : 0);
@@ -158,11 +171,10 @@ class DecodeAttention {
     Elem* sums;
     float* turned;
     VecF* l;
-    const C **k, **v;
-    float *k_scale, *v_scale;
     RowLimits* limits;
     int64_t* row_chunks;
     int32_t* positions;
+    Tile tiles[2];
     Queries q[3];
   };
 
@@ -188,8 +200,8 @@ class DecodeAttention {
         float scaled[kHeadDim];  // so that scores are in base 2
         for (int d = 0; d < kHeadDim; d += kLanes) store(scaled + d, load(q + d) * (p_.softmax_scale * kLog2E));
         if constexpr (kIsInt8) {
-          queries.unit[m] = to_fixed_point<kHeadDim>(scaled, queries.high + m * kElems,
-                                                     kHasLow ? queries.low + m * kElems : nullptr);
+          queries.unit[m] =
+              to_fixed_point<kHeadDim>(scaled, queries.high + m * kElems, kHasLow ? queries.low + m * kElems : nullptr);
         } else {
           memcpy(queries.high + m * kElems, scaled, sizeof(scaled));
         }
@@ -206,45 +218,54 @@ class DecodeAttention {
     }
   }
 
-  void load_tile(const Task& task, int64_t first, int64_t count, int64_t columns, const Scratch& scratch) const {
+  // The tile that starts at key `first`.
+  Tile locate(const Task& task, int64_t first, int64_t end, Tile tile) const {
     const auto at = [&](const Pages& pages, int64_t page, int64_t row) {
       return page * pages.page_stride + row * pages.row_stride + task.kv_head * pages.head_stride;
     };
-    for (int64_t i = 0; i < count;) {
+    tile.first = first;
+    tile.count = tile_end(first, end, p_.chunk_len) - first;
+    for (int64_t i = 0; i < tile.count;) {
       const int64_t page = p_.block_table[task.batch * p_.block_table_stride + (first + i) / p_.page_size];
-      int64_t row = (first + i) % p_.page_size;
-      for (; row < p_.page_size && i < count; ++row, ++i) {
-        scratch.k[i] = static_cast<const C*>(p_.k.data) + at(p_.k, page, row);
-        scratch.v[i] = static_cast<const C*>(p_.v.data) + at(p_.v, page, row);
-        if constexpr (kIsInt8) {
-          scratch.k_scale[i] = static_cast<const float*>(p_.k_scale.data)[at(p_.k_scale, page, row)];
-          scratch.v_scale[i] = static_cast<const float*>(p_.v_scale.data)[at(p_.v_scale, page, row)];
-        }
+      const int64_t row = (first + i) % p_.page_size;
+      const int64_t stop = min(tile.count, i + p_.page_size - row);
+      const C* k = static_cast<const C*>(p_.k.data) + at(p_.k, page, row);
+      const C* v = static_cast<const C*>(p_.v.data) + at(p_.v, page, row);
+      if constexpr (kIsInt8) {
+        const float* k_scale = static_cast<const float*>(p_.k_scale.data) + at(p_.k_scale, page, row);
+        const float* v_scale = static_cast<const float*>(p_.v_scale.data) + at(p_.v_scale, page, row);
+        for (int64_t j = 0; j < stop - i; ++j) tile.k_scale[i + j] = k_scale[j * p_.k_scale.row_stride];
+        for (int64_t j = 0; j < stop - i; ++j) tile.v_scale[i + j] = v_scale[j * p_.v_scale.row_stride];
+      }
+      for (; i < stop; ++i, k += p_.k.row_stride, v += p_.v.row_stride) {
+        tile.k[i] = k;
+        tile.v[i] = v;
       }
     }
-    for (int64_t i = count; i < columns; ++i) {  // masked later
-      scratch.k[i] = scratch.k[count - 1];
-      scratch.k_scale[i] = scratch.v_scale[i] = 0.0f;
+    for (int64_t i = tile.count; i < kBlockN; ++i) {
+      tile.k[i] = tile.k[tile.count - 1];
+      tile.v[i] = tile.v[tile.count - 1];
+      tile.k_scale[i] = tile.v_scale[i] = 0.0f;
     }
-    pack_keys<kHeadDim>(scratch.k, columns, scratch.packed_k);
+    return tile;
   }
 
-  void score(int64_t rows, int64_t first, int64_t columns, const Scratch& scratch) const {
-    for_each_rotation(scratch.row_chunks, rows, chunk_of(first, p_.chunk_len),
+  void score(int64_t rows, const Tile& tile, int64_t columns, const Scratch& scratch) const {
+    for_each_rotation(scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len),
                       [&](int64_t row, int64_t num_rows, int rotation) {
                         const Queries& q = scratch.q[rotation];
                         float* s = scratch.s + row * kBlockN;
                         if constexpr (kIsInt8) {
-                          score_int8(q, row, num_rows, columns, scratch, s);
+                          score_int8(q, row, num_rows, tile.k_scale, columns, scratch, s);
                         } else {
                           score_keys<Product, kElems>(num_rows, columns, q.high + row * kElems, scratch.packed_k, s);
                         }
-                        if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, first, scratch, s);
+                        if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, tile.first, scratch, s);
                       });
   }
 
-  void score_int8(const Queries& q, int64_t row, int64_t rows, int64_t columns, const Scratch& scratch,
-                  float* s) const {
+  void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, int64_t columns,
+                  const Scratch& scratch, float* s) const {
     int32_t* high = scratch.sums;
     int32_t* low = high + kMaxDecodeRows * kBlockN;
     const auto product = [&](const int32_t* digits, int32_t* sums) {
@@ -261,7 +282,7 @@ class DecodeAttention {
         if constexpr (kHasLow) {
           x += __builtin_convertvector(load_as<VecI>(low + r * kBlockN + j), VecF) * (1.0f / kLowUnit);
         }
-        store(s + r * kBlockN + j, x * (q.unit[row + r] * load(scratch.k_scale + j)));
+        store(s + r * kBlockN + j, x * (q.unit[row + r] * load(k_scale + j)));
       }
     }
   }

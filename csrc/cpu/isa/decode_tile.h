@@ -154,12 +154,21 @@ QWEN_SPARSE_INLINE void multiply(const typename Product::Elem* a, int64_t lda, i
   }
 }
 
-// Keys as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys.
+// Requests the cache line at p, without waiting for it.
+template <typename C>
+QWEN_SPARSE_INLINE void prefetch(const C* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// Keys as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys. Those that
+// `next` points to are requested from memory on the way.
 template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t count, int32_t* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, const int8_t* const* next, int64_t count,
+                                  int32_t* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim / 2 * kLanes) {
     for (int d = 0; d < kHeadDim; d += 4 * kLanes) {
       VecU block[kLanes];
+      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
       transpose(block);
@@ -175,10 +184,11 @@ QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t count, int3
   }
 }
 template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t count, float* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, const bf16* const* next, int64_t count, float* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
     for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
       VecU block[kLanes];
+      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
       transpose(block);
@@ -191,10 +201,11 @@ QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t count, float*
   }
 }
 template <int kHeadDim, typename C>
-QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, int64_t count, float* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, const C* const* next, int64_t count, float* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
     for (int d = 0; d < kHeadDim; d += kLanes) {
       VecF block[kLanes];
+      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load(rows[key + i] + d);
       transpose(block);
@@ -222,8 +233,7 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   for (int d = 0; d < kHeadDim; d += kLanes) {
     const VecF x = load(row + d) * inverse;
     const VecF whole = (x + kRound) - kRound;
-    const VecI digit[2] = {__builtin_convertvector(whole, VecI),
-                           __builtin_convertvector((x - whole) * kLowUnit, VecI)};
+    const VecI digit[2] = {__builtin_convertvector(whole, VecI), __builtin_convertvector((x - whole) * kLowUnit, VecI)};
     for (int lane = 0; lane < kLanes; ++lane) {
       const int at = (d + lane) / 4 * 4 + ((d + lane) % 2) * 2 + (d + lane) % 4 / 2;
       for (int i = 0; i < 2; ++i) digits[i][at] = static_cast<int16_t>(digit[i][lane]);
@@ -241,10 +251,11 @@ QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const typename
   const auto key = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
     return load_as<typename Product::Vec>(packed + ((column / kLanes + v) * kElems + i) * kLanes);
   };
-  for_row_blocks(rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-    multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, columns, key, s + first * kBlockN,
-                                             kBlockN, false);
-  });
+  for_row_blocks(
+      rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
+        multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, columns, key, s + first * kBlockN,
+                                                 kBlockN, false);
+      });
 }
 
 // __builtin_convertvector from int8 to int32 goes through general registers, byte by byte.
@@ -263,17 +274,19 @@ QWEN_SPARSE_INLINE VecF load_value(const C* p) {
   return load(p);
 }
 
-// o [rows, kHeadDim] += weights [rows, count] times the value rows.
+// o [rows, kHeadDim] += weights [rows, count] times the value rows; `next` as in pack_keys.
 template <int kHeadDim, typename C>
 QWEN_SPARSE_INLINE void add_values(int64_t rows, int64_t count, const float* weights, const C* const* values,
-                                   float* o) {
+                                   const C* const* next, float* o) {
   const auto value = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
+    if (v * kLanes * sizeof(C) % 64 == 0) prefetch(next[i] + column + v * kLanes);
     return load_value(values[i] + column + v * kLanes);
   };
-  for_row_blocks(rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-    multiply<FloatProduct, decltype(size)::value>(weights + first * kBlockN, kBlockN, count, kHeadDim, value,
-                                                  o + first * kHeadDim, kHeadDim, true);
-  });
+  for_row_blocks(
+      rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
+        multiply<FloatProduct, decltype(size)::value>(weights + first * kBlockN, kBlockN, count, kHeadDim, value,
+                                                      o + first * kHeadDim, kHeadDim, true);
+      });
 }
 
 QWEN_SPARSE_INLINE VecF reverse(VecF v) {
@@ -299,11 +312,12 @@ QWEN_SPARSE_INLINE void add_bias(int64_t rows, const float* turned, const float*
     const auto value = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
       return load(values + i * kHalfTile + column + v * kLanes);
     };
-    for_row_blocks(rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-      multiply<FloatProduct, decltype(size)::value>(turned + first * kHeadDim + part * kHalf, kHeadDim, kHalf,
-                                                    kHalfTile, value, sums + (part * rows + first) * kHalfTile,
-                                                    kHalfTile, false);
-    });
+    for_row_blocks(
+        rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
+          multiply<FloatProduct, decltype(size)::value>(turned + first * kHeadDim + part * kHalf, kHeadDim, kHalf,
+                                                        kHalfTile, value, sums + (part * rows + first) * kHalfTile,
+                                                        kHalfTile, false);
+        });
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* middle = s + r * kBlockN + kHalfTile;
@@ -323,8 +337,8 @@ QWEN_SPARSE_INLINE float largest_lane(VecF v) {
 }
 
 // One row's scores [columns], scaled and in base 2, to weights in place; updates m and l (a sum per lane), rescales o.
-// With kMasked, scores whose position lies outside `limits` do not count. With kScaled, a weight that is stored takes its
-// value's scale with it.
+// With kMasked, scores whose position lies outside `limits` do not count. With kScaled, a weight that is stored takes
+// its value's scale with it.
 template <bool kMasked, bool kScaled>
 QWEN_SPARSE_INLINE void scores_to_weights(float* s, int64_t columns, const float* scales, RowLimits limits,
                                           const int32_t* positions, float& m, VecF& l, float* o, int64_t head_dim) {
