@@ -1,7 +1,7 @@
 // Decode attention: a few rows per sequence against a paged cache, split over keys, partial results merged.
 //
-// A task is one range of kDecodeSplit keys of one kv head; all query heads of its group and all rows are the rows of
-// one block. Tasks of all kv heads for a range follow one another: their keys lie side by side in memory. The key bias
+// A task is one range of kDecodeSplit keys, one kv head after the other, since their keys lie side by side in memory;
+// all query heads of a kv head's group and all rows are the rows of one block. The key bias
 // that an int8 cache leaves out enters the scores: for a tile whose middle is at rotation c,
 // q . R_{c+t} b = (R_{-c} q) . (R_t b), and the cosines and sines of R_t are made once.
 #include "cpu/isa/decode_tile.h"
@@ -48,48 +48,9 @@ class DecodeAttention {
   void run_task(int64_t index, std::byte* memory) const {
     Arena arena(memory);
     const Scratch scratch(arena);
-    const Task task(plan_, p_, index);
-    const SoftmaxState state = state_of(index);
-    const int64_t rows = task.num_rows * plan_.group_size;
-    reset(state, rows, kHeadDim);
-    const int64_t seqlen_k = p_.seqlens_k[task.batch];
-    const int64_t first_position = seqlen_k - p_.shape.seqlen_q + task.first_row;
-    const int64_t lowest = first_position - p_.window + 1;
-    const int64_t begin = max(task.split * kDecodeSplit, lowest);
-    const int64_t end = min((task.split + 1) * kDecodeSplit, first_position + task.num_rows);
-    if (begin >= end) return;
-
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t position = first_position + m / plan_.group_size;
-      scratch.row_chunks[m] = chunk_of(position, p_.chunk_len);
-      scratch.limits[m] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
-                           static_cast<int32_t>(position)};
-      scratch.l[m] = VecF{};
+    for (int64_t kv_head = 0; kv_head < p_.shape.num_kv_heads; ++kv_head) {
+      run_head(Task(plan_, p_, index, kv_head), state_of(index, kv_head), scratch);
     }
-    stage_queries(task, scratch);
-    const int64_t last_limit = scratch.limits[rows - 1].lower;
-    Tile tile = locate(task, begin, end, scratch.tiles[0]);
-    while (true) {
-      const int64_t key = tile.first, count = tile.count, columns = round_up_to_lanes(count);
-      const bool is_last = key + count == end;
-      const Tile next = is_last ? tile : locate(task, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
-      pack_keys<kHeadDim>(tile.k, next.k, columns, scratch.packed_k);
-      score(rows, tile, columns, scratch);
-      const bool masked = count % kLanes != 0 || key + count - 1 > first_position || key <= last_limit;
-      for (int64_t i = 0; masked && i < columns; ++i) {
-        scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        (masked ? scores_to_weights<true, kIsInt8>
-                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kBlockN, columns, tile.v_scale, scratch.limits[r],
-                                                     scratch.positions, state.m[r], scratch.l[r],
-                                                     state.o + r * kHeadDim, kHeadDim);
-      }
-      add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
-      if (is_last) break;
-      tile = next;
-    }
-    for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[r]);
   }
 
   // Merges the splits of one (sequence, row, head).
@@ -99,9 +60,8 @@ class DecodeAttention {
     const int64_t batch = output / p_.shape.num_heads / p_.shape.seqlen_q;
     const int64_t kv_head = head / plan_.group_size;
     const int64_t m_index = row % plan_.rows_per_task * plan_.group_size + head % plan_.group_size;
-    const auto part_of = [&](int64_t split) {
-      return state_of(task_of(batch, row / plan_.rows_per_task, split, kv_head));
-    };
+    const int64_t first_task = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
+    const auto part_of = [&](int64_t split) { return state_of(first_task + split, kv_head); };
     float m = -kInfinity, l = 0.0f;
     for (int64_t split = 0; split < plan_.num_splits; ++split) m = max(m, part_of(split).m[m_index]);
     float o[kHeadDim];
@@ -120,12 +80,12 @@ class DecodeAttention {
 
  private:
   struct Task {
-    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index)
-        : kv_head(index % p.shape.num_kv_heads),
-          split(index / p.shape.num_kv_heads % plan.num_splits),
-          first_row(index / p.shape.num_kv_heads / plan.num_splits % plan.row_blocks * plan.rows_per_task),
+    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index, int64_t kv_head_)
+        : kv_head(kv_head_),
+          split(index % plan.num_splits),
+          first_row(index / plan.num_splits % plan.row_blocks * plan.rows_per_task),
           num_rows(min(plan.rows_per_task, p.shape.seqlen_q - first_row)),
-          batch(index / p.shape.num_kv_heads / plan.num_splits / plan.row_blocks) {}
+          batch(index / plan.num_splits / plan.row_blocks) {}
     int64_t kv_head, split, first_row, num_rows, batch;
   };
 
@@ -178,14 +138,53 @@ class DecodeAttention {
     Queries q[3];
   };
 
-  int64_t task_of(int64_t batch, int64_t row_block, int64_t split, int64_t kv_head) const {
-    return ((batch * plan_.row_blocks + row_block) * plan_.num_splits + split) * p_.shape.num_kv_heads + kv_head;
+  SoftmaxState state_of(int64_t task, int64_t kv_head) const {
+    const int64_t rows = plan_.rows_per_task * plan_.group_size;
+    float* base = partials_ + (task * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
+    return {base, base + rows, base + 2 * rows};
   }
 
-  SoftmaxState state_of(int64_t task) const {
-    const int64_t rows = plan_.rows_per_task * plan_.group_size;
-    float* base = partials_ + task * plan_.floats_per_task;
-    return {base, base + rows, base + 2 * rows};
+  void run_head(const Task& task, const SoftmaxState& state, const Scratch& scratch) const {
+    const int64_t rows = task.num_rows * plan_.group_size;
+    reset(state, rows, kHeadDim);
+    const int64_t seqlen_k = p_.seqlens_k[task.batch];
+    const int64_t first_position = seqlen_k - p_.shape.seqlen_q + task.first_row;
+    const int64_t lowest = first_position - p_.window + 1;
+    const int64_t begin = max(task.split * kDecodeSplit, lowest);
+    const int64_t end = min((task.split + 1) * kDecodeSplit, first_position + task.num_rows);
+    if (begin >= end) return;
+
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t position = first_position + m / plan_.group_size;
+      scratch.row_chunks[m] = chunk_of(position, p_.chunk_len);
+      scratch.limits[m] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
+                           static_cast<int32_t>(position)};
+      scratch.l[m] = VecF{};
+    }
+    stage_queries(task, scratch);
+    const int64_t last_limit = scratch.limits[rows - 1].lower;
+    Tile tile = locate(task, begin, end, scratch.tiles[0]);
+    while (true) {
+      const int64_t key = tile.first, count = tile.count, columns = round_up_to_lanes(count);
+      const bool is_last = key + count == end;
+      const Tile next = is_last ? tile : locate(task, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
+      pack_keys<kHeadDim>(tile.k, columns, scratch.packed_k);
+      score(rows, tile, next, columns, scratch);
+      const bool masked = count % kLanes != 0 || key + count - 1 > first_position || key <= last_limit;
+      for (int64_t i = 0; masked && i < columns; ++i) {
+        scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        (masked ? scores_to_weights<true, kIsInt8>
+                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kBlockN, columns, tile.v_scale, scratch.limits[r],
+                                                     scratch.positions, state.m[r], scratch.l[r],
+                                                     state.o + r * kHeadDim, kHeadDim);
+      }
+      add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      if (is_last) break;
+      tile = next;
+    }
+    for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[r]);
   }
 
   void stage_queries(const Task& task, const Scratch& scratch) const {
@@ -250,29 +249,29 @@ class DecodeAttention {
     return tile;
   }
 
-  void score(int64_t rows, const Tile& tile, int64_t columns, const Scratch& scratch) const {
-    for_each_rotation(scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len),
-                      [&](int64_t row, int64_t num_rows, int rotation) {
-                        const Queries& q = scratch.q[rotation];
-                        float* s = scratch.s + row * kBlockN;
-                        if constexpr (kIsInt8) {
-                          score_int8(q, row, num_rows, tile.k_scale, columns, scratch, s);
-                        } else {
-                          score_keys<Product, kElems>(num_rows, columns, q.high + row * kElems, scratch.packed_k, s);
-                        }
-                        if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, tile.first, scratch, s);
-                      });
+  void score(int64_t rows, const Tile& tile, const Tile& next, int64_t columns, const Scratch& scratch) const {
+    for_each_rotation(
+        scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
+          const Queries& q = scratch.q[rotation];
+          float* s = scratch.s + row * kBlockN;
+          if constexpr (kIsInt8) {
+            score_int8(q, row, num_rows, tile.k_scale, next.k, columns, scratch, s);
+          } else {
+            score_keys<Product, kElems>(num_rows, columns, next.k, q.high + row * kElems, scratch.packed_k, s);
+          }
+          if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, tile.first, scratch, s);
+        });
   }
 
-  void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, int64_t columns,
-                  const Scratch& scratch, float* s) const {
+  void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, const C* const* next,
+                  int64_t columns, const Scratch& scratch, float* s) const {
     int32_t* high = scratch.sums;
     int32_t* low = high + kMaxDecodeRows * kBlockN;
     const auto product = [&](const int32_t* digits, int32_t* sums) {
 #ifdef __AVX512BW__
-      if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, digits, scratch.packed_k, sums);
+      if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
 #endif
-      score_keys<Int16Product, kElems>(rows, columns, digits, scratch.packed_k, sums);
+      score_keys<Int16Product, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
     };
     product(q.high + row * kElems, high);
     if constexpr (kHasLow) product(q.low + row * kElems, low);

@@ -154,21 +154,12 @@ QWEN_SPARSE_INLINE void multiply(const typename Product::Elem* a, int64_t lda, i
   }
 }
 
-// Requests the cache line at p, without waiting for it.
-template <typename C>
-QWEN_SPARSE_INLINE void prefetch(const C* p) {
-  __builtin_prefetch(p, 0, 2);
-}
-
-// Keys as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys. Those that
-// `next` points to are requested from memory on the way.
+// Keys as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys.
 template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, const int8_t* const* next, int64_t count,
-                                  int32_t* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t count, int32_t* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim / 2 * kLanes) {
     for (int d = 0; d < kHeadDim; d += 4 * kLanes) {
       VecU block[kLanes];
-      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
       transpose(block);
@@ -184,11 +175,10 @@ QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, const int8_t* const
   }
 }
 template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, const bf16* const* next, int64_t count, float* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t count, float* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
     for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
       VecU block[kLanes];
-      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
       transpose(block);
@@ -201,11 +191,10 @@ QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, const bf16* const* ne
   }
 }
 template <int kHeadDim, typename C>
-QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, const C* const* next, int64_t count, float* packed) {
+QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, int64_t count, float* packed) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
     for (int d = 0; d < kHeadDim; d += kLanes) {
       VecF block[kLanes];
-      for (int i = 0; i < kLanes; ++i) prefetch(next[key + i] + d);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = load(rows[key + i] + d);
       transpose(block);
@@ -244,11 +233,25 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity in the row shows in its scores
 }
 
-// Scores [rows, kBlockN] of packed keys, raw: floats, or sums of int16 products.
-template <typename Product, int kElems>
-QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const typename Product::Elem* q,
+// Requests the cache line at p, without waiting for it. The hardware's own prefetching does not keep up with rows of
+// one or two lines: without this, decode from memory took twice as long. Requests are spread over both products, one
+// line per few multiply-adds; in a burst they wait for each other.
+template <typename C>
+QWEN_SPARSE_INLINE void prefetch(const C* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
+// Scores [rows, kBlockN] of packed keys, raw: floats, or sums of int16 products. Requests the keys that
+// `next` points to.
+template <typename Product, int kElems, typename C>
+QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const C* const* next, const typename Product::Elem* q,
                                    const typename Product::Elem* packed, typename Product::Elem* s) {
+  constexpr int kLineVecs = 32 / kLanes;  // packed vectors that hold as much as a line of int8 or 16-bit keys
   const auto key = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
+    if (v % kLineVecs == 0) {
+      const int64_t line = (column / kLanes + v) / kLineVecs * kElems + i;
+      prefetch(next[line % kBlockN] + line / kBlockN * (64 / sizeof(C)));
+    }
     return load_as<typename Product::Vec>(packed + ((column / kLanes + v) * kElems + i) * kLanes);
   };
   for_row_blocks(
