@@ -54,6 +54,11 @@ class Input:
     args: tuple[Tensor, ...]
     kwargs: dict[str, Any]
 
+    def copy(self) -> Input:
+        """The same values elsewhere in memory."""
+        kwargs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return Input(tuple(x.clone() for x in self.args), kwargs)
+
     def run(self) -> Tensor:
         return cast(Tensor, ops.decode_attention(*self.args, **self.kwargs))
 
@@ -98,13 +103,14 @@ def in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def sdpa_step(shape: Shape, keys: int, generator: torch.Generator) -> Callable[[], object]:
+def sdpa_steps(shape: Shape, keys: int, layers: int, generator: torch.Generator) -> list[Callable[[], object]]:
     q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator).bfloat16()
-    k, v = (
-        torch.empty(1, shape.num_kv_heads, keys, shape.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
-        for _ in range(2)
-    )
-    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    kv = torch.empty(2, 1, shape.num_kv_heads, keys, shape.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
+
+    def step(kv: Tensor) -> Callable[[], object]:
+        return lambda: F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
+
+    return [step(kv.clone()) for _ in range(layers)]
 
 
 def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) -> list[dict[str, Any]]:
@@ -116,18 +122,15 @@ def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) ->
     sizes = {"copy": 2 * source.numel(), "torch SDPA": page_bytes(shape, keys, "bf16")}
     candidates: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
-        "torch SDPA": in_turn(
-            [sdpa_step(shape, keys, generator) for _ in range(-(-footprint // sizes["torch SDPA"]))]
-        ),
+        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator)),
     }
     for name in arguments.kernels:
         dtype = name.split()[0]
         sizes[name] = page_bytes(shape, keys, dtype)
-        layers = -(-footprint // sizes[name])
-        steps = [decode_input(shape, keys, dtype, KERNELS[name], generator) for _ in range(layers)]
+        step = decode_input(shape, keys, dtype, KERNELS[name], generator)
         if arguments.check:
-            check(steps[0])
-        candidates[name] = in_turn([step.run for step in steps])
+            check(step)
+        candidates[name] = in_turn([step.copy().run for _ in range(-(-footprint // sizes[name]))])
     timings = interleaved(candidates, repeats=arguments.repeats, warmup=2)
     rows = []
     for name, timing in timings.items():
