@@ -1,22 +1,32 @@
 // Decode attention: a few rows per sequence against a paged cache, split over keys, partial results merged.
 //
-// A task is one range of kDecodeSplit keys of one kv head; all query heads of its group and all rows are the rows of
-// one block. int8 values are scaled while they are packed. The key bias that the cache leaves out enters the scores:
-// for a tile that starts at rotation j0, q . R_{j0+t} b = (R_{-j0} q) . (R_t b), and the matrix [R_t b] is made once.
-#include "cpu/isa/few_rows.h"
-#include "cpu/isa/trig.h"
+// A task is one range of kDecodeSplit keys, one kv head after the other, since their keys lie side by side in memory;
+// all query heads of a kv head's group and all rows are the rows of one block. The key bias
+// that an int8 cache leaves out enters the scores: for a tile whose middle is at rotation c,
+// q . R_{c+t} b = (R_{-c} q) . (R_t b), and the cosines and sines of R_t are made once.
+#include "cpu/isa/decode_tile.h"
 #include "cpu/parallel.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
-static_assert(kBiasTable == kBlockN, "the bias table covers one tile of keys");
+static_assert(kBiasTable == kHalfTile, "the bias table covers half a tile of keys");
 
 template <typename T, typename C, int kHeadDim>
 class DecodeAttention {
+  static constexpr bool kIsInt8 = sizeof(C) == 1;
+  static constexpr bool kHasLow = kIsInt8 && sizeof(T) == 4;  // float32 rows need more than 16 bits
+  static constexpr int kHalf = kHeadDim / 2;
+  static constexpr int kElems = kIsInt8 ? kHalf : kHeadDim;  // of a query row or a packed key
+  using Product = typename Choose<kIsInt8, Int16Product, FloatProduct>::type;
+  using Elem = typename Product::Elem;
+
  public:
   explicit DecodeAttention(const DecodeParams& params)
-      : p_(params), plan_(params), partials_(params.workspace + plan_.bias_table_size) {}
+      : p_(params), plan_(params), partials_(params.workspace + plan_.bias_table_size) {
+    if (p_.bias.data == nullptr) return;
+    for (int i = 0; i < kHalf; ++i) half_inv_freq_[i] = p_.bias.inv_freq[i] / 2;
+  }
 
   int64_t num_tasks() const { return plan_.num_tasks; }
   int64_t num_outputs() const { return p_.batch * p_.shape.seqlen_q * p_.shape.num_heads; }
@@ -27,22 +37,114 @@ class DecodeAttention {
     return arena.used();
   }
 
-  // Packed [head_dim][kBlockN]: R_t b of one kv head for t in [0, kBlockN).
-  void bias_table_task(int64_t kv_head) const {
-    float* table = bias_table(kv_head);
-    const float* bias = p_.bias.data + kv_head * kHeadDim;
-    float rotated[kHeadDim];
-    for (int64_t t = 0; t < kBlockN; ++t) {
-      rotate_row(bias, kHeadDim, Rotation<float>(t, p_.bias.inv_freq, kHeadDim / 2, p_.bias.attention_factor), rotated);
-      for (int64_t d = 0; d < kHeadDim; ++d) table[d * kBlockN + t] = rotated[d];
+  void bias_table_task(int64_t t) const {
+    const Rotation<float> rotation(2 * t + 1, half_inv_freq_, kHalf, p_.bias.attention_factor);
+    for (int64_t i = 0; i < kHalf; ++i) {
+      p_.workspace[i * kHalfTile + t] = rotation.cos[i];
+      p_.workspace[(kHalf + i) * kHalfTile + t] = rotation.sin[i];
     }
   }
 
   void run_task(int64_t index, std::byte* memory) const {
     Arena arena(memory);
     const Scratch scratch(arena);
-    const Task task(plan_, p_, index);
-    const SoftmaxState state = state_of(index);
+    for (int64_t kv_head = 0; kv_head < p_.shape.num_kv_heads; ++kv_head) {
+      run_head(Task(plan_, p_, index, kv_head), state_of(index, kv_head), scratch);
+    }
+  }
+
+  // Merges the splits of one (sequence, row, head).
+  void merge_task(int64_t output) const {
+    const int64_t head = output % p_.shape.num_heads;
+    const int64_t row = output / p_.shape.num_heads % p_.shape.seqlen_q;
+    const int64_t batch = output / p_.shape.num_heads / p_.shape.seqlen_q;
+    const int64_t kv_head = head / plan_.group_size;
+    const int64_t m_index = row % plan_.rows_per_task * plan_.group_size + head % plan_.group_size;
+    const int64_t first_task = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
+    const auto part_of = [&](int64_t split) { return state_of(first_task + split, kv_head); };
+    float m = -kInfinity, l = 0.0f;
+    for (int64_t split = 0; split < plan_.num_splits; ++split) m = max(m, part_of(split).m[m_index]);
+    float o[kHeadDim];
+    for (int64_t d = 0; d < kHeadDim; d += kLanes) store(o + d, VecF{});
+    for (int64_t split = 0; split < plan_.num_splits && m > -kInfinity; ++split) {
+      const SoftmaxState part = part_of(split);
+      const float weight = exp2_nonpositive(splat(part.m[m_index] - m))[0];
+      l += part.l[m_index] * weight;
+      for (int64_t d = 0; d < kHeadDim; d += kLanes) {
+        store(o + d, load(o + d) + load(part.o + m_index * kHeadDim + d) * weight);
+      }
+    }
+    write_row(o, l, kHeadDim, static_cast<T*>(p_.out) + output * kHeadDim);
+    p_.lse[output] = natural_lse(m, l);
+  }
+
+ private:
+  struct Task {
+    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index, int64_t kv_head_)
+        : kv_head(kv_head_),
+          split(index % plan.num_splits),
+          first_row(index / plan.num_splits % plan.row_blocks * plan.rows_per_task),
+          num_rows(min(plan.rows_per_task, p.shape.seqlen_q - first_row)),
+          batch(index / plan.num_splits / plan.row_blocks) {}
+    int64_t kv_head, split, first_row, num_rows, batch;
+  };
+
+  // Of the rows, one of the three rotations.
+  struct Queries {
+    Elem *high, *low;  // [kMaxDecodeRows, kElems]; low: kHasLow only
+    float* unit;       // [kMaxDecodeRows] what one of `high` stands for, int8 only
+    float* bias;       // [kMaxDecodeRows, kHeadDim] q . R_j b = bias[:half] . cos + bias[half:] . sin
+  };
+
+  // Consecutive keys and where they lie; the last one repeats up to kBlockN, with scales of 0.
+  struct Tile {
+    int64_t first, count;
+    const C **k, **v;          // [kBlockN]
+    float *k_scale, *v_scale;  // [kBlockN], int8 only
+  };
+
+  struct Scratch {
+    explicit Scratch(Arena& arena)
+        : packed_k(arena.take<Elem>(kBlockN * kElems)),
+          s(arena.take<float>(kMaxDecodeRows * kBlockN)),
+          sums(arena.take<Elem>(2 * kMaxDecodeRows * kBlockN)),
+          turned(arena.take<float>(kMaxDecodeRows * kHeadDim)),
+          l(arena.take<VecF>(kMaxDecodeRows)),
+          limits(arena.take<RowLimits>(kMaxDecodeRows)),
+          row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
+          positions(arena.take<int32_t>(kBlockN)) {
+      for (Tile& tile : tiles) {
+        tile.k = arena.take<const C*>(kBlockN);
+        tile.v = arena.take<const C*>(kBlockN);
+        tile.k_scale = arena.take<float>(kBlockN);
+        tile.v_scale = arena.take<float>(kBlockN);
+      }
+      for (Queries& rotation : q) {
+        rotation.high = arena.take<Elem>(kMaxDecodeRows * kElems);
+        rotation.low = arena.take<Elem>(kHasLow ? kMaxDecodeRows * kElems : 0);
+        rotation.unit = arena.take<float>(kMaxDecodeRows);
+        rotation.bias = arena.take<float>(kMaxDecodeRows * kHeadDim);
+      }
+    }
+    Elem* packed_k;
+    float* s;
+    Elem* sums;
+    float* turned;
+    VecF* l;
+    RowLimits* limits;
+    int64_t* row_chunks;
+    int32_t* positions;
+    Tile tiles[2];
+    Queries q[3];
+  };
+
+  SoftmaxState state_of(int64_t task, int64_t kv_head) const {
+    const int64_t rows = plan_.rows_per_task * plan_.group_size;
+    float* base = partials_ + (task * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
+    return {base, base + rows, base + 2 * rows};
+  }
+
+  void run_head(const Task& task, const SoftmaxState& state, const Scratch& scratch) const {
     const int64_t rows = task.num_rows * plan_.group_size;
     reset(state, rows, kHeadDim);
     const int64_t seqlen_k = p_.seqlens_k[task.batch];
@@ -57,149 +159,157 @@ class DecodeAttention {
       scratch.row_chunks[m] = chunk_of(position, p_.chunk_len);
       scratch.limits[m] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
                            static_cast<int32_t>(position)};
+      scratch.l[m] = VecF{};
     }
     stage_queries(task, scratch);
     const int64_t last_limit = scratch.limits[rows - 1].lower;
-    for (int64_t key = begin; key < end;) {
-      const int64_t count = tile_end(key, end, p_.chunk_len) - key;
-      load_tile(task, key, count, scratch);
-      score(task, rows, key, count, scratch);
+    Tile tile = locate(task, begin, end, scratch.tiles[0]);
+    while (true) {
+      const int64_t key = tile.first, count = tile.count, columns = round_up_to_lanes(count);
+      const bool is_last = key + count == end;
+      const Tile next = is_last ? tile : locate(task, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
+      pack_keys<kHeadDim>(tile.k, columns, scratch.packed_k);
+      score(rows, tile, next, columns, scratch);
       const bool masked = count % kLanes != 0 || key + count - 1 > first_position || key <= last_limit;
-      attend_scores<Fp32Dot>(rows, count, kHeadDim, scratch.s, scratch.packed_v, p_.softmax_scale * kLog2E,
-                             masked ? scratch.limits : nullptr, scratch.positions, state);
-      key += count;
-    }
-  }
-
-  // Merges the splits of one (sequence, row, head).
-  void merge_task(int64_t output) const {
-    const int64_t head = output % p_.shape.num_heads;
-    const int64_t row = output / p_.shape.num_heads % p_.shape.seqlen_q;
-    const int64_t batch = output / p_.shape.num_heads / p_.shape.seqlen_q;
-    const int64_t kv_head = head / plan_.group_size;
-    const int64_t m_index = row % plan_.rows_per_task * plan_.group_size + head % plan_.group_size;
-    const int64_t first_task =
-        ((batch * p_.shape.num_kv_heads + kv_head) * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
-    float m = -kInfinity, l = 0.0f;
-    for (int64_t split = 0; split < plan_.num_splits; ++split) m = max(m, state_of(first_task + split).m[m_index]);
-    float o[kHeadDim];
-    for (int64_t d = 0; d < kHeadDim; d += kLanes) store(o + d, VecF{});
-    for (int64_t split = 0; split < plan_.num_splits && m > -kInfinity; ++split) {
-      const SoftmaxState part = state_of(first_task + split);
-      const float weight = exp2_nonpositive(splat(part.m[m_index] - m))[0];
-      l += part.l[m_index] * weight;
-      for (int64_t d = 0; d < kHeadDim; d += kLanes) {
-        store(o + d, load(o + d) + load(part.o + m_index * kHeadDim + d) * weight);
+      for (int64_t i = 0; masked && i < columns; ++i) {
+        scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
       }
+      for (int64_t r = 0; r < rows; ++r) {
+        (masked ? scores_to_weights<true, kIsInt8>
+                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kBlockN, columns, tile.v_scale, scratch.limits[r],
+                                                     scratch.positions, state.m[r], scratch.l[r],
+                                                     state.o + r * kHeadDim, kHeadDim);
+      }
+      add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      if (is_last) break;
+      tile = next;
     }
-    write_row(o, l, kHeadDim, static_cast<T*>(p_.out) + output * kHeadDim);
-    p_.lse[output] = natural_lse(m, l);
-  }
-
- private:
-  struct Task {
-    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index)
-        : split(index % plan.num_splits),
-          first_row(index / plan.num_splits % plan.row_blocks * plan.rows_per_task),
-          num_rows(min(plan.rows_per_task, p.shape.seqlen_q - first_row)),
-          kv_head(index / plan.num_splits / plan.row_blocks % p.shape.num_kv_heads),
-          batch(index / plan.num_splits / plan.row_blocks / p.shape.num_kv_heads) {}
-    int64_t split, first_row, num_rows, kv_head, batch;
-  };
-
-  struct Scratch {
-    explicit Scratch(Arena& arena)
-        : packed_k(arena.take<float>(kBlockN * kHeadDim)),
-          packed_v(arena.take<float>(kBlockN * kHeadDim)),
-          s(arena.take<float>(kMaxDecodeRows * kBlockN)),
-          unrotated(arena.take<float>(kMaxDecodeRows * kHeadDim)),
-          limits(arena.take<RowLimits>(kMaxDecodeRows)),
-          row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
-          positions(arena.take<int32_t>(kBlockN)) {
-      for (float*& rotation : q) rotation = arena.take<float>(kMaxDecodeRows * kHeadDim);
-    }
-    float *packed_k, *packed_v, *s, *unrotated;
-    RowLimits* limits;
-    int64_t* row_chunks;
-    int32_t* positions;
-    float* q[3];
-  };
-
-  float* bias_table(int64_t kv_head) const { return p_.workspace + kv_head * kHeadDim * kBlockN; }
-
-  SoftmaxState state_of(int64_t task) const {
-    const int64_t rows = plan_.rows_per_task * plan_.group_size;
-    float* base = partials_ + task * plan_.floats_per_task;
-    return {base, base + rows, base + 2 * rows};
+    for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[r]);
   }
 
   void stage_queries(const Task& task, const Scratch& scratch) const {
     const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
     for (int i = 0; i < (p_.chunk_len == 0 ? 1 : 3); ++i) {
+      const Queries& queries = scratch.q[i];
       for (int64_t m = 0; m < task.num_rows * plan_.group_size; ++m) {
         const int64_t row = task.batch * p_.shape.seqlen_q + task.first_row + m / plan_.group_size;
         const int64_t head = task.kv_head * plan_.group_size + m % plan_.group_size;
         const T* q = static_cast<const T*>(rotations[i]->data) + row * rotations[i]->row_stride +
                      head * rotations[i]->head_stride;
-        stage_query_row<Fp32Dot>(q, kHeadDim, scratch.q[i] + m * kHeadDim);
+        float scaled[kHeadDim];  // so that scores are in base 2
+        for (int d = 0; d < kHeadDim; d += kLanes) store(scaled + d, load(q + d) * (p_.softmax_scale * kLog2E));
+        if constexpr (kIsInt8) {
+          queries.unit[m] =
+              to_fixed_point<kHeadDim>(scaled, queries.high + m * kElems, kHasLow ? queries.low + m * kElems : nullptr);
+        } else {
+          memcpy(queries.high + m * kElems, scaled, sizeof(scaled));
+        }
+        if (p_.bias.data == nullptr) continue;
+        const float* bias = p_.bias.data + task.kv_head * kHeadDim;
+        float* out = queries.bias + m * kHeadDim;
+        for (int d = 0; d < kHalf; d += kLanes) {
+          const VecF q0 = load(scaled + d), q1 = load(scaled + kHalf + d);
+          const VecF b0 = load(bias + d), b1 = load(bias + kHalf + d);
+          store(out + d, q0 * b0 + q1 * b1);
+          store(out + kHalf + d, q1 * b0 - q0 * b1);
+        }
       }
     }
   }
 
-  int64_t offset(const Pages& pages, const Task& task, int64_t key) const {
-    const int64_t page = p_.block_table[task.batch * p_.block_table_stride + key / p_.page_size];
-    return page * pages.page_stride + key % p_.page_size * pages.row_stride + task.kv_head * pages.head_stride;
-  }
-
-  void load_tile(const Task& task, int64_t first, int64_t count, const Scratch& scratch) const {
-    for (int64_t i = 0; i < kBlockN; ++i) {
-      scratch.positions[i] = i < count ? static_cast<int32_t>(first + i) : INT32_MAX;
-    }
-    const auto row_in = [&, this](const Pages* values, const Pages* scales) {
-      return [=, &task, this](int64_t i) {
-        const C* row = static_cast<const C*>(values->data) + offset(*values, task, first + i);
-        if constexpr (sizeof(C) == 1) {
-          return Int8Row{row, static_cast<const float*>(scales->data)[offset(*scales, task, first + i)]};
-        } else {
-          return row;
-        }
-      };
+  // The tile that starts at key `first`.
+  Tile locate(const Task& task, int64_t first, int64_t end, Tile tile) const {
+    const auto at = [&](const Pages& pages, int64_t page, int64_t row) {
+      return page * pages.page_stride + row * pages.row_stride + task.kv_head * pages.head_stride;
     };
-    pack_k<Fp32Dot>(count, kHeadDim, row_in(&p_.k, &p_.k_scale), scratch.packed_k);
-    pack_v<Fp32Dot>(count, kHeadDim, row_in(&p_.v, &p_.v_scale), scratch.packed_v);
-  }
-
-  void score(const Task& task, int64_t rows, int64_t first, int64_t count, const Scratch& scratch) const {
-    for_each_rotation(scratch.row_chunks, rows, chunk_of(first, p_.chunk_len),
-                      [&](int64_t row, int64_t num_rows, int rotation) {
-                        const float* q = scratch.q[rotation] + row * kHeadDim;
-                        float* s = scratch.s + row * kBlockN;
-                        score_tile<Fp32Dot>(num_rows, count, kHeadDim, q, scratch.packed_k, s);
-                        if (p_.bias.data != nullptr) add_bias(task, num_rows, first, count, q, scratch, s);
-                      });
-  }
-
-  void add_bias(const Task& task, int64_t rows, int64_t first, int64_t count, const float* q, const Scratch& scratch,
-                float* s) const {
-    const int64_t position = p_.chunk_len == 0 ? first : first % p_.chunk_len;
-    const Rotation<float> backwards(-position, p_.bias.inv_freq, kHeadDim / 2, 1.0);
-    for (int64_t r = 0; r < rows; ++r) {
-      rotate_row(q + r * kHeadDim, kHeadDim, backwards, scratch.unrotated + r * kHeadDim);
+    tile.first = first;
+    tile.count = tile_end(first, end, p_.chunk_len) - first;
+    for (int64_t i = 0; i < tile.count;) {
+      const int64_t page = p_.block_table[task.batch * p_.block_table_stride + (first + i) / p_.page_size];
+      const int64_t row = (first + i) % p_.page_size;
+      const int64_t stop = min(tile.count, i + p_.page_size - row);
+      const C* k = static_cast<const C*>(p_.k.data) + at(p_.k, page, row);
+      const C* v = static_cast<const C*>(p_.v.data) + at(p_.v, page, row);
+      if constexpr (kIsInt8) {
+        const float* k_scale = static_cast<const float*>(p_.k_scale.data) + at(p_.k_scale, page, row);
+        const float* v_scale = static_cast<const float*>(p_.v_scale.data) + at(p_.v_scale, page, row);
+        for (int64_t j = 0; j < stop - i; ++j) tile.k_scale[i + j] = k_scale[j * p_.k_scale.row_stride];
+        for (int64_t j = 0; j < stop - i; ++j) tile.v_scale[i + j] = v_scale[j * p_.v_scale.row_stride];
+      }
+      for (; i < stop; ++i, k += p_.k.row_stride, v += p_.v.row_stride) {
+        tile.k[i] = k;
+        tile.v[i] = v;
+      }
     }
-    gemm<Fp32Dot>(rows, round_up_to_lanes(count), kHeadDim, scratch.unrotated, kHeadDim, bias_table(task.kv_head),
-                  kBlockN, s, kBlockN, true);
+    for (int64_t i = tile.count; i < kBlockN; ++i) {
+      tile.k[i] = tile.k[tile.count - 1];
+      tile.v[i] = tile.v[tile.count - 1];
+      tile.k_scale[i] = tile.v_scale[i] = 0.0f;
+    }
+    return tile;
+  }
+
+  void score(int64_t rows, const Tile& tile, const Tile& next, int64_t columns, const Scratch& scratch) const {
+    for_each_rotation(
+        scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
+          const Queries& q = scratch.q[rotation];
+          float* s = scratch.s + row * kBlockN;
+          if constexpr (kIsInt8) {
+            score_int8(q, row, num_rows, tile.k_scale, next.k, columns, scratch, s);
+          } else {
+            score_keys<Product, kElems>(num_rows, columns, next.k, q.high + row * kElems, scratch.packed_k, s);
+          }
+          if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, tile.first, scratch, s);
+        });
+  }
+
+  void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, const C* const* next,
+                  int64_t columns, const Scratch& scratch, float* s) const {
+    int32_t* high = scratch.sums;
+    int32_t* low = high + kMaxDecodeRows * kBlockN;
+    const auto product = [&](const int32_t* digits, int32_t* sums) {
+#ifdef __AVX512BW__
+      if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
+#endif
+      score_keys<Int16Product, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
+    };
+    product(q.high + row * kElems, high);
+    if constexpr (kHasLow) product(q.low + row * kElems, low);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        VecF x = __builtin_convertvector(load_as<VecI>(high + r * kBlockN + j), VecF);
+        if constexpr (kHasLow) {
+          x += __builtin_convertvector(load_as<VecI>(low + r * kBlockN + j), VecF) * (1.0f / kLowUnit);
+        }
+        store(s + r * kBlockN + j, x * (q.unit[row + r] * load(k_scale + j)));
+      }
+    }
+  }
+
+  void turn_and_add_bias(const Queries& q, int64_t row, int64_t rows, int64_t first, const Scratch& scratch,
+                         float* s) const {
+    const int64_t position = p_.chunk_len == 0 ? first : first % p_.chunk_len;
+    const Rotation<float> backwards(-(2 * position + kBlockN - 1), half_inv_freq_, kHalf, 1.0);
+    for (int64_t r = 0; r < rows; ++r) {
+      rotate_row(q.bias + (row + r) * kHeadDim, kHeadDim, backwards, scratch.turned + r * kHeadDim);
+    }
+    add_bias<kHeadDim>(rows, scratch.turned, p_.workspace, reinterpret_cast<float*>(scratch.sums), s);
   }
 
   const DecodeParams& p_;
   DecodePlan plan_;
   float* partials_;
+  double half_inv_freq_[kHalf];
+#ifdef __AVX512BW__
+  bool has_vnni_ = __builtin_cpu_supports("avx512vnni");
+#endif
 };
 
 template <typename T, typename C, int kHeadDim>
 void run(const DecodeParams& params) {
   const DecodeAttention<T, C, kHeadDim> kernel(params);
   if (params.bias.data != nullptr) {
-    parallel_tasks(params.shape.num_kv_heads, 0, [&](int64_t task, std::byte*) { kernel.bias_table_task(task); });
+    parallel_tasks(kHalfTile, 0, [&](int64_t task, std::byte*) { kernel.bias_table_task(task); });
   }
   parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(),
                  [&](int64_t task, std::byte* scratch) { kernel.run_task(task, scratch); });

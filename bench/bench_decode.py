@@ -1,0 +1,203 @@
+"""Decode attention over a long paged cache on this machine's CPU, beside the bandwidth of copying memory.
+
+    python bench/bench_decode.py --output bench/results/decode_cpu.json
+
+One query row reads every key and value, so memory bandwidth is the bound. GB/s counts the bytes of the pages that must
+be read, scales included. "copy" is torch's ``copy_`` between two large tensors, bytes read plus bytes written; torch
+SDPA reads a contiguous bfloat16 cache of the same shape. Each kernel goes round enough separate caches, as a model goes
+round its layers, that ``--footprint-mib`` are touched before one is read again: more than the last-level cache holds.
+All are timed in turns. No time is printed for an output that was not first compared with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_sparse import _C, ops, reference
+from qwen_sparse.testing import assert_close_to_reference, interleaved
+from report import add_output_argument, finish, print_table
+
+PAGE_SIZE = 128
+CHUNK_LEN = 32768 - 8192
+VARIANTS = ("plain", "bias", "bias+dca")
+KERNELS = {f"int8 {variant}": variant for variant in VARIANTS} | {"bf16 plain": "plain", "bf16 dca": "dca"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's heads; written num_heads/num_kv_heads/head_dim."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @staticmethod
+    def parse(text: str) -> Shape:
+        return Shape(*map(int, text.split("/")))
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One layer's step: what decode_attention takes."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Any]
+
+    def copy(self) -> Input:
+        """The same values elsewhere in memory."""
+        kwargs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return Input(tuple(x.clone() for x in self.args), kwargs)
+
+    def run(self) -> Tensor:
+        return cast(Tensor, ops.decode_attention(*self.args, **self.kwargs))
+
+
+def page_bytes(shape: Shape, keys: int, dtype: str) -> int:
+    return keys * shape.num_kv_heads * (2 * shape.head_dim + 8 if dtype == "int8" else 4 * shape.head_dim)
+
+
+def decode_input(shape: Shape, keys: int, dtype: str, variant: str, generator: torch.Generator) -> Input:
+    num_pages = -(-keys // PAGE_SIZE)
+    pool = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    table = torch.arange(num_pages, dtype=torch.int32)[None]
+    queries = torch.randn(3, 1, 1, shape.num_heads, shape.head_dim, generator=generator).bfloat16()
+    kwargs: dict[str, Any] = {}
+    if dtype == "int8":
+        caches = [torch.randint(-127, 128, pool, generator=generator, dtype=torch.int8) for _ in range(2)]
+        for name in ("k_scale", "v_scale"):
+            kwargs[name] = torch.rand(pool[:3], generator=generator) / 60
+    else:
+        caches = [torch.empty(pool, dtype=torch.bfloat16).normal_(generator=generator) for _ in range(2)]
+    if "bias" in variant:
+        kwargs["k_bias"] = torch.randn(shape.num_kv_heads, shape.head_dim, generator=generator)
+        kwargs["inv_freq"] = 1e6 ** (-torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+    if "dca" in variant:
+        kwargs.update(q_succ=queries[1], q_inter=queries[2], chunk_len=CHUNK_LEN)
+    return Input((queries[0], *caches, table, torch.tensor([keys], dtype=torch.int32)), kwargs)
+
+
+def check(step: Input) -> None:
+    exact = [x.double() if x.is_floating_point() else x for x in step.args]
+    wide = {name: x.double() if name in ("q_succ", "q_inter") else x for name, x in step.kwargs.items()}
+    assert_close_to_reference(
+        step.run(),
+        cast(Tensor, reference.decode_attention(*exact, **wide)),
+        cast(Tensor, reference.decode_attention(*step.args, compute_dtype=torch.bfloat16, **step.kwargs)),
+    )
+
+
+def in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
+    """Each call runs the next step."""
+    turns = itertools.cycle(steps)
+    return lambda: next(turns)()
+
+
+def sdpa_steps(shape: Shape, keys: int, layers: int, generator: torch.Generator) -> list[Callable[[], object]]:
+    q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator).bfloat16()
+    kv = torch.empty(2, 1, shape.num_kv_heads, keys, shape.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
+
+    def step(kv: Tensor) -> Callable[[], object]:
+        return lambda: F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
+
+    return [step(kv.clone()) for _ in range(layers)]
+
+
+def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) -> list[dict[str, Any]]:
+    """One row per kernel for one shape, with the CPU kernels of one instruction set."""
+    _C.set_cpu_isa(isa)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    footprint = arguments.footprint_mib * 2**20
+    source, target = torch.ones(2, footprint // 2, dtype=torch.uint8)
+    sizes = {"copy": 2 * source.numel(), "torch SDPA": page_bytes(shape, keys, "bf16")}
+    candidates: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source),
+        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator)),
+    }
+    for name in arguments.kernels:
+        dtype = name.split()[0]
+        sizes[name] = page_bytes(shape, keys, dtype)
+        step = decode_input(shape, keys, dtype, KERNELS[name], generator)
+        if arguments.check:
+            check(step)
+        candidates[name] = in_turn([step.copy().run for _ in range(-(-footprint // sizes[name]))])
+    timings = interleaved(candidates, repeats=arguments.repeats, warmup=2)
+    rows = []
+    for name, timing in timings.items():
+        rate = sizes[name] / timing.median
+        rows.append(
+            {
+                "kernel": name,
+                "isa": isa,
+                "shape": str(shape),
+                "keys": keys,
+                "bytes": sizes[name],
+                "seconds": vars(timing),
+                "gigabytes_per_second": rate / 1e9,
+                "share_of_copy": rate / (sizes["copy"] / timings["copy"].median),
+                "speedup_over_sdpa": timings["torch SDPA"].median / timing.median,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keys", type=int, nargs="+", default=[16384, 131072])
+    parser.add_argument(
+        "--shapes",
+        type=Shape.parse,
+        nargs="+",
+        default=[Shape.parse(shape) for shape in ("14/2/64", "4/2/64", "28/4/128", "12/2/128", "4/2/128")],
+        help="num_heads/num_kv_heads/head_dim",
+    )
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    features = _C.cpu_features()
+    parser.add_argument("--isas", nargs="+", default=[features["isa"]], choices=features["supported"])
+    parser.add_argument("--footprint-mib", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
+    add_output_argument(parser)
+    arguments = parser.parse_args()
+
+    rows = [
+        row
+        for shape in arguments.shapes
+        for keys in arguments.keys
+        for isa in arguments.isas
+        for row in measure(arguments, isa, shape, keys)
+    ]
+    is_ours = [row["kernel"] in KERNELS for row in rows]
+    print_table(
+        ["kernel", "isa", "heads", "keys", "median", "p10", "p90", "GB/s", "of copy", "x SDPA"],
+        [
+            [
+                row["kernel"],
+                row["isa"] if ours else "",
+                row["shape"],
+                f"{row['keys']:,}",
+                *(f"{1e3 * row['seconds'][name]:.2f} ms" for name in ("median", "p10", "p90")),
+                f"{row['gigabytes_per_second']:.1f}",
+                f"{row['share_of_copy']:.0%}",
+                "" if row["kernel"] == "copy" else f"{row['speedup_over_sdpa']:.2f}",
+            ]
+            for row, ours in zip(rows, is_ours, strict=True)
+        ],
+    )
+    arguments.shapes = [str(shape) for shape in arguments.shapes]
+    finish("decode", arguments, rows)
+
+
+if __name__ == "__main__":
+    main()
