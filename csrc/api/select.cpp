@@ -71,18 +71,13 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
   }
 
   const int64_t num_splits = (shape.seqlen_k + kSelectSplit - 1) / kSelectSplit;
-  Tensor vertical = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor slash = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits, kSelectPartials}, ScalarType::Float);
+  Tensor vertical = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor slash = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits + 1, kSelectPartials}, ScalarType::Float);
   params.vertical_scores = static_cast<float*>(vertical.mutable_data_ptr());
   params.slash_scores = static_cast<float*>(slash.mutable_data_ptr());
   params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   cpu::kernels().select_scores(params);
-
-  for (int64_t head = 0; head < shape.num_heads; ++head) {  // entry u becomes entry seqlen_k - 1 - u: the distance
-    float* scores = params.slash_scores + head * shape.seqlen_k;
-    std::reverse(scores, scores + shape.seqlen_k);
-  }
   return {top_indexes(q, params.vertical_scores, shape, vertical_size, kNumForcedColumns),
           top_indexes(q, params.slash_scores, shape, slash_size, kNumForcedDistances)};
 }
