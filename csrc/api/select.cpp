@@ -25,7 +25,7 @@ void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t nu
   for (const int64_t size : sizes) check(size >= 0, kOp, name, " must not be negative, got ", size);
 }
 
-Tensor top_indexes(const Tensor& like, float* scores, const AttentionShape& shape, const std::vector<int64_t>& sizes,
+Tensor top_indexes(const Tensor& like, const float* scores, const AttentionShape& shape, const std::vector<int64_t>& sizes,
                    int64_t num_forced) {
   const int64_t width = std::min(*std::max_element(sizes.begin(), sizes.end()), shape.seqlen_k);
   Tensor indexes = empty_like_rows(like, {shape.num_heads, width}, ScalarType::Int);
