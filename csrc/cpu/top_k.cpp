@@ -3,7 +3,6 @@
 #include "cpu/top_k.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -12,16 +11,19 @@
 namespace qwen_sparse::cpu {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kDigitBits[] = {11, 11, 10};  // of an ordered score, highest first; 2048 counters stay in L1
 constexpr int kMaxDigits = 1 << 11;
 
-// An unsigned number in the order of the scores; equal for equal scores. NaN is the lowest.
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+// An unsigned number in the order of the scores, equal for equal ones; NaN as -infinity. All in integers, which the
+// compiler vectorises.
 uint32_t ordered_bits(float score) {
-  score = score == score ? score + 0.0f : -kInfinity;  // -0 + 0 = 0
-  uint32_t bits;
+  int32_t bits;
   std::memcpy(&bits, &score, sizeof(bits));
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  const int32_t magnitude = bits & 0x7fffffff;
+  const int32_t value = bits < 0 ? -magnitude : magnitude;
+  return static_cast<uint32_t>(magnitude > kInfinityBits ? -kInfinityBits : value) ^ 0x80000000u;
 }
 
 struct Threshold {
@@ -64,13 +66,12 @@ void top_indexes(const float* scores, int64_t num_heads, int64_t num_keys, int64
     if (count == 0) return;
     auto* ordered = reinterpret_cast<uint32_t*>(scratch);
     for (int64_t i = 0; i < num_keys; ++i) ordered[i] = ordered_bits(scores[head * num_keys + i]);
-    std::fill(ordered, ordered + std::min(num_forced, num_keys), ordered_bits(kInfinity));
-    Threshold threshold = find_threshold(ordered, num_keys, count, ordered + num_keys);
+    std::fill(ordered, ordered + std::min(num_forced, num_keys), ordered_bits(std::numeric_limits<float>::infinity()));
+    auto [lowest, num_ties] = find_threshold(ordered, num_keys, count, ordered + num_keys);
     for (int64_t i = 0, taken = 0; taken < count; ++i) {
-      const bool tie = ordered[i] == threshold.value;
       out[taken] = static_cast<int32_t>(i);
-      taken += (ordered[i] > threshold.value) | (tie & (threshold.num_ties > 0));
-      threshold.num_ties -= tie;
+      taken += ordered[i] >= lowest;
+      if (ordered[i] == lowest && --num_ties == 0) ++lowest;
     }
   };
   parallel_tasks(num_heads, 2 * num_keys * sizeof(uint32_t), run_head);

@@ -173,6 +173,19 @@ class SelectScores {
     return p_.workspace + (head * (num_splits_ + 1) + split) * kSelectPartials + which * kMaxLastQ;
   }
 
+  const T* key_row(int64_t kv_head, int64_t key) const {
+    return static_cast<const T*>(p_.k.data) + kv_head * p_.k.head_stride + key * p_.k.row_stride;
+  }
+
+  // Asks for the next tile's keys while this one is worked on, a block's worth per block of the group's first head.
+  void prefetch_keys(int64_t head, int64_t key, int64_t count) const {
+    if (head % group_size_ != 0) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = key_row(head / group_size_, min(key + i, num_keys_ - 1));
+      for (int64_t d = 0; d < kHeadDim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+    }
+  }
+
   // Sums [count, kLanes] over the lanes.
   static void write_columns(const float* columns, int64_t count, float* out) {
     for (int64_t key = 0; key < count; key += kLanes) {
@@ -217,7 +230,6 @@ class SelectScores {
     Arena arena(memory);
     const Scratch scratch(arena, group_size_);
     const int64_t kv_head = task / num_splits_;
-    const T* keys = static_cast<const T*>(p_.k.data) + kv_head * p_.k.head_stride;
     const int64_t first_position = num_keys_ - rows_;
     const int64_t end = min(num_keys_, (task % num_splits_ + 1) * kSelectSplit);
     for (int64_t begin = task % num_splits_ * kSelectSplit; begin < end;) {
@@ -232,7 +244,7 @@ class SelectScores {
       for (; begin < chunk_end; begin += kTileKeys) {
         const int64_t count = min(kTileKeys, chunk_end - begin);
         for (int64_t i = 0; i < count; ++i) {
-          stage_query_row<Dot>(keys + (begin + i) * p_.k.row_stride, kHeadDim, scratch.k + i * kDepth);
+          stage_query_row<Dot>(key_row(kv_head, begin + i), kHeadDim, scratch.k + i * kDepth);
         }
         for (int64_t member = 0; member < group_size_; ++member) {
           body(scratch, kv_head * group_size_ + member, begin, count);
@@ -245,29 +257,25 @@ class SelectScores {
   // Calls body(block, keys, scaled) for each block of a tile's keys; scaled(key, v) are the base-2 scores of the
   // block's key with the rows of vector v, -inf where the key lies after the row.
   template <typename Body>
-  QWEN_SPARSE_INLINE void for_each_block(const Scratch& scratch, int64_t head, int64_t begin, int64_t count,
-                                         float scale, int64_t num_keys, int64_t group_size, Body body) {
-    const Elem* q = scratch.q + head % group_size * kDepth * kMaxLastQ;
+  void for_each_block(const Scratch& scratch, int64_t head, int64_t begin, int64_t count, Body body) const {
+    const Elem* q = scratch.q + head % group_size_ * kDepth * kMaxLastQ;
     const float* s = scratch.s;
+    const float scale = scale_;
     for (int64_t block = 0; block < count; block += kBlockKeys) {
       const int64_t keys = min(kBlockKeys, count - block);
+      prefetch_keys(head, begin + block + kTileKeys, keys);
       gemm<Dot>(keys, kMaxLastQ, kDepth, scratch.k + block * kDepth, kDepth, q, kMaxLastQ, scratch.s, kMaxLastQ, false);
-      if (begin + block + keys <= num_keys - kMaxLastQ) {
+      const int64_t keys_after = num_keys_ - 1 - begin - block;  // row i before the last sees keys up to keys_after - i
+      if (keys_after >= keys - 1 + kMaxLastQ - 1) {
         body(block, keys, [=](int64_t key, int v) { return load(s + key * kMaxLastQ + v * kLanes) * scale; });
       } else {
-        const int64_t rows_after = num_keys - 1 - begin - block;  // row i before the last sees key iff i + key <= this
         body(block, keys, [=](int64_t key, int v) {
           const VecI row = lane_numbers() + v * kLanes;
           const VecF x = load(s + key * kMaxLastQ + v * kLanes) * scale;
-          return row <= static_cast<int32_t>(rows_after - key) ? x : splat(-kInfinity);
+          return row <= static_cast<int32_t>(keys_after - key) ? x : splat(-kInfinity);
         });
       }
     }
-  }
-
-  template <typename Body>
-  void for_each_block(const Scratch& scratch, int64_t head, int64_t begin, int64_t count, Body body) const {
-    for_each_block(scratch, head, begin, count, scale_, num_keys_, group_size_, body);
   }
 
   const SelectParams& p_;
