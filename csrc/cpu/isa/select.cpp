@@ -36,11 +36,6 @@ QWEN_SPARSE_INLINE VecF shift_down(VecF a, VecF b) {
 #endif
 }
 
-// Running softmax sums of all rows over one block of scores x [keys].
-struct RowSums {
-  VecF m, l;
-};
-
 template <typename T, int kHeadDim>
 class SelectScores {
   using Dot = typename DotFor<T>::type;
@@ -160,10 +155,12 @@ class SelectScores {
     Scratch(Arena& arena, int64_t group_size)
         : k(arena.take<Elem>(kTileKeys * kDepth)),
           q(arena.take<Elem>(group_size * kDepth * kMaxLastQ)),
+          staged_q(arena.take<Elem>(kLanes * kDepth)),
           s(arena.take<float>(kBlockKeys * kMaxLastQ)),
           columns(arena.take<float>((kTileKeys + kLanes) * kLanes)) {}
     Elem* k;         // [kTileKeys, kDepth]
     Elem* q;         // [group_size, kDepth, kMaxLastQ], last row first
+    Elem* staged_q;  // [kLanes, kDepth]
     float* s;        // [kBlockKeys, kMaxLastQ]
     float* columns;  // [kTileKeys, kLanes]: a column's score, yet to be summed over the lanes
   };
@@ -205,26 +202,27 @@ class SelectScores {
   // The rows of one head in `rotation_of(row)` as the right operand [kDepth, kMaxLastQ]. Lanes past the rows repeat
   // the first row: their scores are finite where the others are.
   template <typename RotationOf>
-  void pack_q(int64_t head, RotationOf rotation_of, Elem* packed) const {
+  void pack_q(int64_t head, RotationOf rotation_of, const Scratch& scratch) const {
+    Elem* packed = scratch.q + head % group_size_ * kDepth * kMaxLastQ;
     const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
     for (int64_t lane = 0; lane < kMaxLastQ; lane += kLanes) {
-      Elem staged[kLanes][kDepth];
       for (int i = 0; i < kLanes; ++i) {
         const int64_t row = max<int64_t>(rows_ - 1 - lane - i, 0);
         const Rows& q = *rotations[rotation_of(row)];
         stage_query_row<Dot>(static_cast<const T*>(q.data) + row * q.row_stride + head * q.head_stride, kHeadDim,
-                             staged[i]);
+                             scratch.staged_q + i * kDepth);
       }
       for (int64_t d = 0; d < kDepth; d += kLanes) {
         VecU block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(staged[i] + d);
+        for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(scratch.staged_q + i * kDepth + d);
         transpose(block);
         for (int i = 0; i < kLanes; ++i) memcpy(packed + (d + i) * kMaxLastQ + lane, &block[i], sizeof(VecU));
       }
     }
   }
 
-  // Calls body(scratch, head, begin, count) for each tile of the task's keys and each head of the group, keys ascending.
+  // Calls body(scratch, head, begin, count) for each tile of the task's keys and each head of the group, keys
+  // ascending.
   template <typename Body>
   void for_each_tile(int64_t task, std::byte* memory, Body body) const {
     Arena arena(memory);
@@ -239,7 +237,7 @@ class SelectScores {
         return rotation_for(chunk_of(first_position + row, p_.chunk_len), key_chunk);
       };
       for (int64_t member = 0; member < group_size_; ++member) {
-        pack_q(kv_head * group_size_ + member, rotation_of, scratch.q + member * kDepth * kMaxLastQ);
+        pack_q(kv_head * group_size_ + member, rotation_of, scratch);
       }
       for (; begin < chunk_end; begin += kTileKeys) {
         const int64_t count = min(kTileKeys, chunk_end - begin);
