@@ -2,8 +2,8 @@
 
     python bench/bench_selection.py --output bench/results/selection_cpu.json
 
-Per shape: ``select_vertical_slash``; its top-k alone (``top_indexes`` on scores of that size, columns and distances); the
-same in torch as MInference does it (softmax of the last 64 rows against all keys, column sums, diagonal sums through a
+Per shape: ``select_vertical_slash``; its top-k alone (``top_indexes`` on scores of that size, columns and distances);
+the same in torch as MInference does it (softmax of the last 64 rows against all keys, column sums, diagonal sums by a
 strided view, ``torch.topk``); and dense attention of one prefill chunk at the end of the same keys, which runs with
 fewer rows and is scaled to the whole chunk (marked ~; a row's cost hardly depends on their number). "of dense" is the
 time over that. No time is printed before both selections were compared with the reference.

@@ -15,9 +15,11 @@ namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
 constexpr int kRowVecs = kMaxLastQ / kLanes;
-constexpr int64_t kTileKeys = 192;             // keys converted at once, for all heads of the group
-constexpr int64_t kBlockKeys = 2 * kGemmRows;  // keys between two uses of the running maximum: scores stay in L1
-constexpr float kLowest = -3.4e38f;            // finite, so that -inf minus a maximum is never NaN
+// Keys widened at once, for all heads of the group: 96 KiB at head_dim 128, in L2 beside the group's packed queries.
+constexpr int64_t kTileKeys = 192;
+// Keys whose scores are used before the next are formed: 3 KiB with AVX-512, in L1 beside one head's 32 KiB of queries.
+constexpr int64_t kBlockKeys = 2 * kGemmRows;
+constexpr float kLowest = -3.4e38f;  // finite, so that -inf minus a maximum is never NaN
 
 QWEN_SPARSE_INLINE VecI lane_numbers() {
   VecI lanes;
