@@ -18,7 +18,8 @@ function(add_cpu_isa isa)
   target_include_directories(qwen_sparse_cpu_${isa} PRIVATE csrc)
   target_compile_definitions(qwen_sparse_cpu_${isa} PRIVATE QWEN_SPARSE_ISA=${isa} ${QWEN_SPARSE_CPU_DEFINITIONS})
   target_compile_options(qwen_sparse_cpu_${isa} PRIVATE
-    -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math ${ARGN})
+    -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized
+    -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math ${ARGN})
   set(QWEN_SPARSE_CPU_LIBRARIES ${QWEN_SPARSE_CPU_LIBRARIES} qwen_sparse_cpu_${isa} PARENT_SCOPE)
   set(QWEN_SPARSE_CPU_ISAS ${QWEN_SPARSE_CPU_ISAS} ${isa} PARENT_SCOPE)
 endfunction()

@@ -62,8 +62,8 @@ struct SelectParams {
   Rows q_intra, q_succ, q_inter;     // [seqlen_q, num_heads, head_dim]
   Rows k;                            // [seqlen_k, num_kv_heads, head_dim]
   float* vertical_scores = nullptr;  // [num_heads, seqlen_k]
-  float* slash_scores = nullptr;     // [num_heads, seqlen_k], zeroed; entry u is distance seqlen_k - 1 - u
-  float* workspace = nullptr;        // [num_heads, ceil(seqlen_k / kSelectSplit), kSelectPartials]
+  float* slash_scores = nullptr;     // [num_heads, seqlen_k], by distance
+  float* workspace = nullptr;        // [num_heads, ceil(seqlen_k / kSelectSplit) + 1, kSelectPartials]
   int64_t chunk_len = 0;
   float softmax_scale = 1.0f;
 };

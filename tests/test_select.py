@@ -113,6 +113,55 @@ def test_selection_does_not_depend_on_threads() -> None:
     assert torch.equal(one[1], many[1])
 
 
+SCORES = {
+    "normal": torch.randn(999),
+    "few values": torch.randint(-3, 3, (999,)).float(),
+    "one bin": 1 + torch.rand(999) * 1e-4,
+    "all equal": torch.full((999,), 0.25),
+    "infinities": torch.where(torch.rand(999) < 0.3, torch.inf, torch.where(torch.rand(999) < 0.5, -torch.inf, 1.0)),
+    "NaN": torch.where(torch.rand(999) < 0.5, torch.nan, torch.randn(999)),
+    "NaN and -infinity": torch.where(torch.rand(999) < 0.5, torch.nan, -torch.inf),
+    "signed zeros": torch.where(torch.rand(999) < 0.5, -0.0, 0.0),
+    "subnormal": torch.randint(-9, 9, (999,), dtype=torch.int32).abs().view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_top_indexes(scores: Tensor) -> None:
+    """Against a stable sort, exactly; sizes from none to more than there are."""
+    sizes = [0, 1, 5, 100, 500, 998, 999, 2000]
+    order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)
+    selected = torch.ops.qwen_sparse.top_indexes(scores.expand(len(sizes), -1).contiguous(), sizes, 0)
+    assert selected.shape == (len(sizes), 999)
+    for row, size in zip(selected, sizes, strict=True):
+        count = min(size, 999)
+        assert torch.equal(row[:count].long(), order[:count].sort().values)
+        assert (row[count:] == -1).all()
+
+
+def test_top_indexes_forces_the_first() -> None:
+    scores = torch.full((3, 64), 5.0)
+    scores[:, 40:] = torch.inf
+    scores[:, 3] = torch.nan
+    selected = torch.ops.qwen_sparse.top_indexes(scores, [2, 12, 40], 10)
+    assert selected[0].tolist() == [0, 1, *[-1] * 38]
+    assert selected[1].tolist() == [*range(10), 40, 41, *[-1] * 28]
+    assert selected[2].tolist() == [*range(16), *range(40, 64)]
+
+
+@pytest.mark.parametrize("last_q", [1, 63, 64])
+def test_select_across_splits_of_the_keys(last_q: int, isa: str) -> None:
+    """Diagonals that cross from one task's keys to the next; ragged last tile; all heads of a group."""
+    q, k, _ = random_qkv(64, 2 * 4096 + 205, 3, 1, 64, torch.float32)
+    check(q, k, vertical_size=700, slash_size=4500, last_q=last_q)
+
+
+@pytest.mark.parametrize("softmax_scale", [0.0, -0.3])
+def test_any_softmax_scale(softmax_scale: float, isa: str) -> None:
+    q, k, _ = random_qkv(64, 300, 2, 1, 64, torch.float32)
+    check(q, k, vertical_size=60, slash_size=130, softmax_scale=softmax_scale)
+
+
 q64, k64, _v64 = random_qkv(64, 100, 2, 1, 64, torch.float32)
 
 

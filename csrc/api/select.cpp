@@ -19,22 +19,29 @@ Rows last_rows(const Tensor& q, int64_t rows) {
   return result;
 }
 
-void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t num_heads) {
-  check(static_cast<int64_t>(sizes.size()) == num_heads, kOp, name, " must hold num_heads = ", num_heads,
-        " sizes, got ", sizes.size());
-  for (const int64_t size : sizes) check(size >= 0, kOp, name, " must not be negative, got ", size);
-}
-
-Tensor top_indexes(const Tensor& like, float* scores, const AttentionShape& shape, const std::vector<int64_t>& sizes,
-                   int64_t num_forced) {
-  const int64_t width = std::min(*std::max_element(sizes.begin(), sizes.end()), shape.seqlen_k);
-  Tensor indexes = empty_like_rows(like, {shape.num_heads, width}, ScalarType::Int);
-  cpu::top_indexes(scores, shape.num_heads, shape.seqlen_k, num_forced, sizes.data(), width,
-                   static_cast<int32_t*>(indexes.mutable_data_ptr()));
-  return indexes;
+void check_sizes(const char* op, const char* name, const std::vector<int64_t>& sizes, int64_t num_heads) {
+  check(static_cast<int64_t>(sizes.size()) == num_heads, op, name, " must hold num_heads = ", num_heads, " sizes, got ",
+        sizes.size());
+  for (const int64_t size : sizes) check(size >= 0, op, name, " must not be negative, got ", size);
 }
 
 }  // namespace
+
+Tensor top_indexes(const Tensor& scores, const std::vector<int64_t>& sizes, int64_t num_forced) {
+  constexpr const char* kTopIndexes = "top_indexes";
+  check_shape(kTopIndexes, "scores", scores, {{"num_heads"}, {"num_keys"}});
+  check_dtype(kTopIndexes, "scores", scores, ScalarType::Float);
+  check(scores.is_contiguous(), kTopIndexes, "scores must be contiguous");
+  check(num_forced >= 0, kTopIndexes, "num_forced must not be negative, got ", num_forced);
+  const int64_t num_heads = scores.size(0), num_keys = scores.size(1);
+  check(num_heads > 0, kTopIndexes, "scores must have at least one head, got shape ", shape_of(scores));
+  check_sizes(kTopIndexes, "sizes", sizes, num_heads);
+  const int64_t width = std::min(*std::max_element(sizes.begin(), sizes.end()), num_keys);
+  Tensor indexes = empty_like_rows(scores, {num_heads, width}, ScalarType::Int);
+  cpu::top_indexes(static_cast<const float*>(scores.const_data_ptr()), num_heads, num_keys, num_forced, sizes.data(),
+                   width, static_cast<int32_t*>(indexes.mutable_data_ptr()));
+  return indexes;
+}
 
 std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& k,
                                                  const std::vector<int64_t>& vertical_size,
@@ -49,8 +56,8 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
   shape.seqlen_q = std::min(last_q, shape.seqlen_q);
   check(shape.seqlen_k >= shape.seqlen_q, kOp, "k must have at least as many rows as vote (", shape.seqlen_q, "), got ",
         shape.seqlen_k);
-  check_sizes("vertical_size", vertical_size, shape.num_heads);
-  check_sizes("slash_size", slash_size, shape.num_heads);
+  check_sizes(kOp, "vertical_size", vertical_size, shape.num_heads);
+  check_sizes(kOp, "slash_size", slash_size, shape.num_heads);
   check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
   check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
 
@@ -71,20 +78,14 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
   }
 
   const int64_t num_splits = (shape.seqlen_k + kSelectSplit - 1) / kSelectSplit;
-  Tensor vertical = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor slash = torch::stable::new_zeros(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits, kSelectPartials}, ScalarType::Float);
+  Tensor vertical = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor slash = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits + 1, kSelectPartials}, ScalarType::Float);
   params.vertical_scores = static_cast<float*>(vertical.mutable_data_ptr());
   params.slash_scores = static_cast<float*>(slash.mutable_data_ptr());
   params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   cpu::kernels().select_scores(params);
-
-  for (int64_t head = 0; head < shape.num_heads; ++head) {  // entry u becomes entry seqlen_k - 1 - u: the distance
-    float* scores = params.slash_scores + head * shape.seqlen_k;
-    std::reverse(scores, scores + shape.seqlen_k);
-  }
-  return {top_indexes(q, params.vertical_scores, shape, vertical_size, kNumForcedColumns),
-          top_indexes(q, params.slash_scores, shape, slash_size, kNumForcedDistances)};
+  return {top_indexes(vertical, vertical_size, kNumForcedColumns), top_indexes(slash, slash_size, kNumForcedDistances)};
 }
 
 }  // namespace qwen_sparse::api

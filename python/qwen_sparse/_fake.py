@@ -77,6 +77,11 @@ def _select_vertical_slash(
     return indexes(vertical_size), indexes(slash_size)
 
 
+@_fake("top_indexes")
+def _top_indexes(scores: Tensor, sizes: Sequence[int], num_forced: int) -> Tensor:
+    return scores.new_empty(scores.shape[0], _min(max(sizes), scores.shape[1]), dtype=torch.int32)
+
+
 @_fake("rotary")
 def _rotary(
     q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, attention_factor: float

@@ -1,19 +1,48 @@
 // Vertical and slash scores: what the last rows attend, summed over columns and along diagonals.
 //
-// Pass 1: running maximum and sum of every row over each split of the keys. Pass 2: with the rows' log-sum-exp known,
-// weights tile by tile, added to the column's score and to the diagonal's. A diagonal is addressed by where the last
-// row meets it, u = j + (p_last - p): consecutive keys of a row are consecutive there, and a split's diagonals overrun
-// its end by at most rows - 1 entries, which go to a buffer of their own and are added in order afterwards.
+// Pass 1: maximum and sum of every row over each split of the keys. Pass 2: with the rows' log-sum-exp known, weights,
+// added to the column's score and to the distance's. A task is one split of one kv head, for all query heads of its
+// group. Splits do not depend on the number of threads, so results do not either.
+//
+// Scores are formed transposed, S^T [keys, rows] = K Q^T: keys are broadcast as they lie in memory and only the 64 rows
+// are ever packed, once per task. A vector then holds rows, lane i the row i before the last. This makes every sum
+// cheap: a row's maximum and sum stay in its lane, and from one key to the next each diagonal moves one lane down, so
+// that shifting the 64 running sums lines them up with the next weights and lane 0 drops out complete.
 #include "cpu/isa/few_rows.h"
 #include "cpu/parallel.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
+constexpr int kRowVecs = kMaxLastQ / kLanes;
+// Keys widened at once, for all heads of the group: 96 KiB at head_dim 128, in L2 beside the group's packed queries.
+constexpr int64_t kTileKeys = 192;
+// Keys whose scores are used before the next are formed: 3 KiB with AVX-512, in L1 beside one head's 32 KiB of queries.
+constexpr int64_t kBlockKeys = 2 * kGemmRows;
+constexpr float kLowest = -3.4e38f;  // finite, so that -inf minus a maximum is never NaN
+
+QWEN_SPARSE_INLINE VecI lane_numbers() {
+  VecI lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// {a[1], ..., a[kLanes - 1], b[0]}
+QWEN_SPARSE_INLINE VecF shift_down(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8);
+#else
+  return __builtin_shufflevector(a, b, 1, 2, 3, 4);
+#endif
+}
+
 template <typename T, int kHeadDim>
 class SelectScores {
   using Dot = typename DotFor<T>::type;
   using Elem = typename Dot::Elem;
+  static constexpr int64_t kDepth = kHeadDim / Dot::kPair;
 
  public:
   explicit SelectScores(const SelectParams& params)
@@ -21,160 +50,237 @@ class SelectScores {
         rows_(params.shape.seqlen_q),
         num_keys_(params.shape.seqlen_k),
         group_size_(params.shape.num_heads / params.shape.num_kv_heads),
-        num_splits_(ceil_div(num_keys_, kSelectSplit)) {
-    for (int64_t r = 0; r < rows_; ++r) row_chunks_[r] = chunk_of(position_of(r), p_.chunk_len);
-  }
+        num_splits_(ceil_div(num_keys_, kSelectSplit)),
+        scale_(params.softmax_scale * kLog2E) {}
 
-  int64_t num_tasks() const { return p_.shape.num_heads * num_splits_; }
+  int64_t num_tasks() const { return p_.shape.num_kv_heads * num_splits_; }
 
   size_t scratch_bytes() const {
     Arena arena(nullptr);
-    Scratch scratch(arena);
+    Scratch scratch(arena, group_size_);
     return arena.used();
   }
 
   void normalizer_task(int64_t task, std::byte* memory) const {
-    float* m = partials(task, kPartialMax);
-    float* l = partials(task, kPartialSum);
-    for (int64_t r = 0; r < rows_; ++r) m[r] = -kInfinity;
-    for (int64_t r = 0; r < rows_; ++r) l[r] = 0.0f;
-    for_each_tile(task, memory, [&](const Scratch& scratch, int64_t begin, int64_t count) {
-      for (int64_t r = 0; r < rows_; ++r) {
-        float* s = scratch.s + r * kBlockN;
-        const int64_t columns = mask_row(s, r, begin, count);
-        VecF highest = splat(m[r]);
-        for (int64_t j = 0; j < columns; j += kLanes) highest = vmax(highest, load(s + j));
-        const float new_m = reduce_max(highest);
-        if (new_m == -kInfinity) continue;
-        VecF sum{};
-        for (int64_t j = 0; j < columns; j += kLanes) sum += exp2_nonpositive(load(s + j) - new_m);
-        l[r] = l[r] * exp2_nonpositive(splat(m[r] - new_m))[0] + reduce_sum(sum);
-        m[r] = new_m;
-      }
+    const int64_t split = task % num_splits_;
+    for (int64_t member = 0; member < group_size_; ++member) {
+      const int64_t head = task / num_splits_ * group_size_ + member;
+      for (int64_t i = 0; i < kMaxLastQ; ++i) partials(head, split, kPartialMax)[i] = kLowest;
+      for (int64_t i = 0; i < kMaxLastQ; ++i) partials(head, split, kPartialSum)[i] = 0.0f;
+    }
+    for_each_tile(task, memory, [&](const Scratch& scratch, int64_t head, int64_t begin, int64_t count) {
+      float* m = partials(head, split, kPartialMax);
+      float* l = partials(head, split, kPartialSum);
+      for_each_block(scratch, head, begin, count, [&](int64_t, int64_t keys, auto scaled) {
+        QWEN_SPARSE_UNROLL
+        for (int v = 0; v < kRowVecs; ++v) {
+          const VecF old_m = load(m + v * kLanes);
+          VecF new_m = old_m;
+          for (int64_t key = 0; key < keys; ++key) new_m = vmax(new_m, scaled(key, v));
+          VecF sum = load(l + v * kLanes) * exp2_nonpositive(old_m - new_m);
+          for (int64_t key = 0; key < keys; ++key) sum += exp2_nonpositive(scaled(key, v) - new_m);
+          store(m + v * kLanes, new_m);
+          store(l + v * kLanes, sum);
+        }
+      });
     });
+  }
+
+  // The log-sum-exp of one head's rows over all splits.
+  void merge_normalizers(int64_t head) const {
+    float* lse = partials(head, num_splits_, kLogSumExp);
+    for (int64_t i = 0; i < kMaxLastQ; i += kLanes) {
+      VecF m = splat(kLowest), l{};
+      for (int64_t split = 0; split < num_splits_; ++split) m = vmax(m, load(partials(head, split, kPartialMax) + i));
+      for (int64_t split = 0; split < num_splits_; ++split) {
+        l += load(partials(head, split, kPartialSum) + i) *
+             exp2_nonpositive(load(partials(head, split, kPartialMax) + i) - m);
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {  // lanes past the rows get no weight
+        lse[i + lane] = i + lane < rows_ ? m[lane] + __builtin_log2f(l[lane]) : kInfinity;
+      }
+    }
   }
 
   void score_task(int64_t task, std::byte* memory) const {
-    const int64_t head = task / num_splits_;
-    const int64_t split_end = min(num_keys_, (task % num_splits_ + 1) * kSelectSplit);
-    float* vertical = p_.vertical_scores + head * num_keys_;
-    float* slash = p_.slash_scores + head * num_keys_;
-    float* overrun = partials(task, kOverrun);
-    for (int64_t i = 0; i < kMaxLastQ; ++i) overrun[i] = 0.0f;
-    float lse[kMaxLastQ];
-    for (int64_t r = 0; r < rows_; ++r) lse[r] = row_lse(head, r);
-    for_each_tile(task, memory, [&](const Scratch& scratch, int64_t begin, int64_t count) {
-      const int64_t columns = round_up_to_lanes(count);
-      for (int64_t i = 0; i < kBlockN + kMaxLastQ; i += kLanes) store(scratch.diagonals + i, VecF{});
-      for (int64_t r = 0; r < rows_; ++r) {
-        float* s = scratch.s + r * kBlockN;
-        mask_row(s, r, begin, count);
-        float* diagonal = scratch.diagonals + (rows_ - 1 - r);
-        for (int64_t j = 0; j < columns; j += kLanes) {
-          const VecF weight = exp2_nonpositive(load(s + j) - lse[r]);
-          store(s + j, weight);
-          store(diagonal + j, load(diagonal + j) + weight);
+    const int64_t split = task % num_splits_;
+    for (int64_t member = 0; member < group_size_; ++member) {
+      const int64_t head = task / num_splits_ * group_size_ + member;
+      for (int64_t i = 0; i < kMaxLastQ; ++i) partials(head, split, kOverrun)[i] = 0.0f;
+    }
+    for_each_tile(task, memory, [&](const Scratch& scratch, int64_t head, int64_t begin, int64_t count) {
+      const float* lse = partials(head, num_splits_, kLogSumExp);
+      float* pending = partials(head, split, kOverrun);
+      float* slash = p_.slash_scores + (head + 1) * num_keys_ - 1;  // distance num_keys - 1 - j from the last row
+      VecF diagonals[kRowVecs];  // [i]: the diagonal on which row i before the last meets the coming key
+      QWEN_SPARSE_UNROLL
+      for (int v = 0; v < kRowVecs; ++v) diagonals[v] = load(pending + v * kLanes);
+      for_each_block(scratch, head, begin, count, [&](int64_t block, int64_t keys, auto scaled) {
+        for (int64_t key = 0; key < keys; ++key) {
+          VecF column{};
+          QWEN_SPARSE_UNROLL
+          for (int v = 0; v < kRowVecs; ++v) {
+            const VecF weight = exp2_nonpositive(scaled(key, v) - load(lse + v * kLanes));
+            column += weight;
+            diagonals[v] += weight;
+          }
+          store(scratch.columns + (block + key) * kLanes, column);
+          slash[-(begin + block + key)] = diagonals[0][0];
+          QWEN_SPARSE_UNROLL
+          for (int v = 0; v < kRowVecs; ++v) {
+            diagonals[v] = shift_down(diagonals[v], v + 1 < kRowVecs ? diagonals[v + 1] : VecF{});
+          }
         }
-      }
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        VecF sum{};
-        for (int64_t r = 0; r < rows_; ++r) sum += load(scratch.s + r * kBlockN + j);
-        store(scratch.s + j, sum);
-      }
-      for (int64_t j = 0; j < count; ++j) vertical[begin + j] = scratch.s[j];
-      for (int64_t i = 0; i < count + rows_ - 1; ++i) {
-        const int64_t u = begin + i;
-        if (u < split_end) {
-          slash[u] += scratch.diagonals[i];
-        } else {
-          overrun[u - split_end] += scratch.diagonals[i];
-        }
-      }
+      });
+      QWEN_SPARSE_UNROLL
+      for (int v = 0; v < kRowVecs; ++v) store(pending + v * kLanes, diagonals[v]);
+      write_columns(scratch.columns, count, p_.vertical_scores + head * num_keys_ + begin);
     });
   }
 
+  // Adds to each split's first diagonals what the split before it left of them.
   void add_overruns() const {
-    for (int64_t task = 0; task < num_tasks(); ++task) {
-      float* slash = p_.slash_scores + task / num_splits_ * num_keys_;
-      const int64_t begin = (task % num_splits_ + 1) * kSelectSplit;
-      const float* overrun = partials(task, kOverrun);
-      for (int64_t i = 0; i < min(kMaxLastQ, num_keys_ - begin); ++i) slash[begin + i] += overrun[i];
+    for (int64_t head = 0; head < p_.shape.num_heads; ++head) {
+      for (int64_t split = 0; split + 1 < num_splits_; ++split) {
+        const int64_t begin = (split + 1) * kSelectSplit;
+        float* slash = p_.slash_scores + (head + 1) * num_keys_ - 1 - begin;
+        const float* overrun = partials(head, split, kOverrun);
+        for (int64_t i = 0; i < min(kMaxLastQ, num_keys_ - begin); ++i) slash[-i] += overrun[i];
+      }
     }
   }
 
  private:
-  enum Partial { kPartialMax, kPartialSum, kOverrun };
+  enum Partial { kPartialMax, kPartialSum, kOverrun, kLogSumExp = 0 };
 
   struct Scratch {
-    explicit Scratch(Arena& arena)
-        : packed_k(arena.take<Elem>(kBlockN * kHeadDim / Dot::kPair)),
-          s(arena.take<float>(kMaxLastQ * kBlockN)),
-          diagonals(arena.take<float>(kBlockN + 2 * kMaxLastQ)) {
-      for (Elem*& rotation : q) rotation = arena.take<Elem>(kMaxLastQ * kHeadDim / Dot::kPair);
-    }
-    Elem* packed_k;
-    float *s, *diagonals;
-    Elem* q[3];
+    Scratch(Arena& arena, int64_t group_size)
+        : k(arena.take<Elem>(kTileKeys * kDepth)),
+          q(arena.take<Elem>(group_size * kDepth * kMaxLastQ)),
+          staged_q(arena.take<Elem>(kLanes * kDepth)),
+          s(arena.take<float>(kBlockKeys * kMaxLastQ)),
+          columns(arena.take<float>((kTileKeys + kLanes) * kLanes)) {}
+    Elem* k;         // [kTileKeys, kDepth]
+    Elem* q;         // [group_size, kDepth, kMaxLastQ], last row first
+    Elem* staged_q;  // [kLanes, kDepth]
+    float* s;        // [kBlockKeys, kMaxLastQ]
+    float* columns;  // [kTileKeys, kLanes]: a column's score, yet to be summed over the lanes
   };
 
-  int64_t position_of(int64_t row) const { return num_keys_ - rows_ + row; }
-
-  float* partials(int64_t task, Partial which) const {
-    return p_.workspace + task * kSelectPartials + which * kMaxLastQ;
+  // [kMaxLastQ], last row first; split == num_splits_ holds what the splits merge to.
+  float* partials(int64_t head, int64_t split, Partial which) const {
+    return p_.workspace + (head * (num_splits_ + 1) + split) * kSelectPartials + which * kMaxLastQ;
   }
 
-  float row_lse(int64_t head, int64_t row) const {
-    float m = -kInfinity, l = 0.0f;
-    for (int64_t split = 0; split < num_splits_; ++split) {
-      m = max(m, partials(head * num_splits_ + split, kPartialMax)[row]);
+  const T* key_row(int64_t kv_head, int64_t key) const {
+    return static_cast<const T*>(p_.k.data) + kv_head * p_.k.head_stride + key * p_.k.row_stride;
+  }
+
+  // Asks for the next tile's keys while this one is worked on, a block's worth per block of the group's first head.
+  void prefetch_keys(int64_t head, int64_t key, int64_t count) const {
+    if (head % group_size_ != 0) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = key_row(head / group_size_, min(key + i, num_keys_ - 1));
+      for (int64_t d = 0; d < kHeadDim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
     }
-    for (int64_t split = 0; split < num_splits_; ++split) {
-      const int64_t task = head * num_splits_ + split;
-      l += partials(task, kPartialSum)[row] * exp2_nonpositive(splat(partials(task, kPartialMax)[row] - m))[0];
+  }
+
+  // Sums [count, kLanes] over the lanes.
+  static void write_columns(const float* columns, int64_t count, float* out) {
+    for (int64_t key = 0; key < count; key += kLanes) {
+      VecF block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(columns + (key + i) * kLanes);
+      transpose(block);
+      VecF sum = block[0];
+      for (int i = 1; i < kLanes; ++i) sum += block[i];
+      if (key + kLanes <= count) {
+        store(out + key, sum);
+      } else {
+        memcpy(out + key, &sum, (count - key) * sizeof(float));
+      }
     }
-    return m + __builtin_log2f(l);
   }
 
-  // Scales a row's scores to base 2 and masks what the row does not see; returns the padded number of columns.
-  int64_t mask_row(float* s, int64_t row, int64_t begin, int64_t count) const {
-    const int64_t columns = round_up_to_lanes(count);
-    const float scale = p_.softmax_scale * kLog2E;
-    for (int64_t j = 0; j < columns; j += kLanes) store(s + j, load(s + j) * scale);
-    for (int64_t j = max<int64_t>(0, min(count, position_of(row) + 1 - begin)); j < columns; ++j) s[j] = -kInfinity;
-    return columns;
+  // The rows of one head in `rotation_of(row)` as the right operand [kDepth, kMaxLastQ]. Lanes past the rows repeat
+  // the first row: their scores are finite where the others are.
+  template <typename RotationOf>
+  void pack_q(int64_t head, RotationOf rotation_of, const Scratch& scratch) const {
+    Elem* packed = scratch.q + head % group_size_ * kDepth * kMaxLastQ;
+    const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
+    for (int64_t lane = 0; lane < kMaxLastQ; lane += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t row = max<int64_t>(rows_ - 1 - lane - i, 0);
+        const Rows& q = *rotations[rotation_of(row)];
+        stage_query_row<Dot>(static_cast<const T*>(q.data) + row * q.row_stride + head * q.head_stride, kHeadDim,
+                             scratch.staged_q + i * kDepth);
+      }
+      for (int64_t d = 0; d < kDepth; d += kLanes) {
+        VecU block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(scratch.staged_q + i * kDepth + d);
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i) memcpy(packed + (d + i) * kMaxLastQ + lane, &block[i], sizeof(VecU));
+      }
+    }
   }
 
-  // Scores of all rows of the task's head against each tile of its split.
+  // Calls body(scratch, head, begin, count) for each tile of the task's keys and each head of the group, keys
+  // ascending.
   template <typename Body>
   void for_each_tile(int64_t task, std::byte* memory, Body body) const {
     Arena arena(memory);
-    const Scratch scratch(arena);
-    const int64_t head = task / num_splits_;
-    const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
-    for (int i = 0; i < (p_.chunk_len == 0 ? 1 : 3); ++i) {
-      const T* q = static_cast<const T*>(rotations[i]->data) + head * rotations[i]->head_stride;
-      for (int64_t r = 0; r < rows_; ++r) {
-        stage_query_row<Dot>(q + r * rotations[i]->row_stride, kHeadDim, scratch.q[i] + r * kHeadDim / Dot::kPair);
-      }
-    }
-    const T* keys = static_cast<const T*>(p_.k.data) + head / group_size_ * p_.k.head_stride;
+    const Scratch scratch(arena, group_size_);
+    const int64_t kv_head = task / num_splits_;
+    const int64_t first_position = num_keys_ - rows_;
     const int64_t end = min(num_keys_, (task % num_splits_ + 1) * kSelectSplit);
     for (int64_t begin = task % num_splits_ * kSelectSplit; begin < end;) {
-      const int64_t count = tile_end(begin, end, p_.chunk_len) - begin;
-      pack_k<Dot>(count, kHeadDim, [&](int64_t i) { return keys + (begin + i) * p_.k.row_stride; }, scratch.packed_k);
-      for_each_rotation(row_chunks_, rows_, chunk_of(begin, p_.chunk_len),
-                        [&](int64_t row, int64_t num_rows, int rotation) {
-                          score_tile<Dot>(num_rows, count, kHeadDim, scratch.q[rotation] + row * kHeadDim / Dot::kPair,
-                                          scratch.packed_k, scratch.s + row * kBlockN);
-                        });
-      body(scratch, begin, count);
-      begin += count;
+      const int64_t key_chunk = chunk_of(begin, p_.chunk_len);
+      const int64_t chunk_end = p_.chunk_len == 0 ? end : min(end, (key_chunk + 1) * p_.chunk_len);
+      const auto rotation_of = [&](int64_t row) {
+        return rotation_for(chunk_of(first_position + row, p_.chunk_len), key_chunk);
+      };
+      for (int64_t member = 0; member < group_size_; ++member) {
+        pack_q(kv_head * group_size_ + member, rotation_of, scratch);
+      }
+      for (; begin < chunk_end; begin += kTileKeys) {
+        const int64_t count = min(kTileKeys, chunk_end - begin);
+        for (int64_t i = 0; i < count; ++i) {
+          stage_query_row<Dot>(key_row(kv_head, begin + i), kHeadDim, scratch.k + i * kDepth);
+        }
+        for (int64_t member = 0; member < group_size_; ++member) {
+          body(scratch, kv_head * group_size_ + member, begin, count);
+        }
+      }
+      begin = chunk_end;
+    }
+  }
+
+  // Calls body(block, keys, scaled) for each block of a tile's keys; scaled(key, v) are the base-2 scores of the
+  // block's key with the rows of vector v, -inf where the key lies after the row.
+  template <typename Body>
+  void for_each_block(const Scratch& scratch, int64_t head, int64_t begin, int64_t count, Body body) const {
+    const Elem* q = scratch.q + head % group_size_ * kDepth * kMaxLastQ;
+    const float* s = scratch.s;
+    const float scale = scale_;
+    for (int64_t block = 0; block < count; block += kBlockKeys) {
+      const int64_t keys = min(kBlockKeys, count - block);
+      prefetch_keys(head, begin + block + kTileKeys, keys);
+      gemm<Dot>(keys, kMaxLastQ, kDepth, scratch.k + block * kDepth, kDepth, q, kMaxLastQ, scratch.s, kMaxLastQ, false);
+      const int64_t keys_after = num_keys_ - 1 - begin - block;  // row i before the last sees keys up to keys_after - i
+      if (keys_after >= keys - 1 + kMaxLastQ - 1) {
+        body(block, keys, [=](int64_t key, int v) { return load(s + key * kMaxLastQ + v * kLanes) * scale; });
+      } else {
+        body(block, keys, [=](int64_t key, int v) {
+          const VecI row = lane_numbers() + v * kLanes;
+          const VecF x = load(s + key * kMaxLastQ + v * kLanes) * scale;
+          return row <= static_cast<int32_t>(keys_after - key) ? x : splat(-kInfinity);
+        });
+      }
     }
   }
 
   const SelectParams& p_;
   int64_t rows_, num_keys_, group_size_, num_splits_;
-  int64_t row_chunks_[kMaxLastQ];
+  float scale_;
 };
 
 template <typename T, int kHeadDim>
@@ -182,6 +288,7 @@ void run(const SelectParams& params) {
   const SelectScores<T, kHeadDim> kernel(params);
   parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(),
                  [&](int64_t task, std::byte* scratch) { kernel.normalizer_task(task, scratch); });
+  for (int64_t head = 0; head < params.shape.num_heads; ++head) kernel.merge_normalizers(head);
   parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(),
                  [&](int64_t task, std::byte* scratch) { kernel.score_task(task, scratch); });
   kernel.add_overruns();
