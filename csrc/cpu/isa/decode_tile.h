@@ -261,29 +261,13 @@ QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const C* const
       });
 }
 
-// __builtin_convertvector from int8 to int32 goes through general registers, byte by byte.
-QWEN_SPARSE_INLINE VecF load_value(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
-#elif defined(__AVX2__)
-  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  const VecI four = load_as<int32_t>(p) - VecI{};
-  return __builtin_convertvector(four << VecI{24, 16, 8, 0} >> 24, VecF);
-#endif
-}
-template <typename C>
-QWEN_SPARSE_INLINE VecF load_value(const C* p) {
-  return load(p);
-}
-
 // o [rows, kHeadDim] += weights [rows, count] times the value rows; `next` as in pack_keys.
 template <int kHeadDim, typename C>
 QWEN_SPARSE_INLINE void add_values(int64_t rows, int64_t count, const float* weights, const C* const* values,
                                    const C* const* next, float* o) {
   const auto value = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
     if (v * kLanes * sizeof(C) % 64 == 0) prefetch(next[i] + column + v * kLanes);
-    return load_value(values[i] + column + v * kLanes);
+    return load(values[i] + column + v * kLanes);
   };
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {

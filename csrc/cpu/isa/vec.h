@@ -32,7 +32,6 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
-typedef int8_t VecB __attribute__((vector_size(kLanes)));
 
 struct bf16 {
   uint16_t bits;
@@ -107,8 +106,16 @@ QWEN_SPARSE_INLINE void store(fp16* p, VecF v) {
 #endif
 }
 
+// Not by __builtin_convertvector, which GCC 12 turns into byte-by-byte code in general registers.
 QWEN_SPARSE_INLINE VecF load(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(load_as<VecB>(p), VecI), VecF);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  const VecI bytes = load_as<int32_t>(p) - VecI{};
+  return __builtin_convertvector(bytes << VecI{24, 16, 8, 0} >> 24, VecF);
+#endif
 }
 
 QWEN_SPARSE_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
