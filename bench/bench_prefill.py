@@ -106,7 +106,7 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any | None:
     except ImportError:
         return None
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)  # in evaluation mode
 
 
 @torch.inference_mode()
@@ -226,7 +226,7 @@ def peer_rows(
     if script.startswith("vllm"):
         variables |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": str(arguments.vllm_kv_cache)}
         variables |= {"LD_PRELOAD": str(library)} if library.is_file() else {}
-    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} failed ({done.returncode}):\n{done.stderr[-4000:]}")
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -269,8 +269,11 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
     phases = ["linear", "attention", "selection", "cache"]
     print_table(
-        ["engine", "attention", "tokens", "density", "TTFT", "p10", "p90", "x best dense peer", "token rank"]
-        + [*phases, "outside linear + attention"],
+        [
+            *("engine", "attention", "tokens", "density", "TTFT", "p10", "p90", "x best dense peer", "token rank"),
+            *phases,
+            "outside linear + attention",
+        ],
         [
             [
                 row["engine"],
