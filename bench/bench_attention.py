@@ -276,6 +276,12 @@ def main() -> None:
         "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES), help="of q, k and v"
     )
     parser.add_argument("--kernels", nargs="+", default=KERNELS, choices=KERNELS, help="all when absent")
+    parser.add_argument(
+        "--flex",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="FlexAttention too (default): it compiles for every shape and is the slowest",
+    )
     features = _C.cpu_features()
     parser.add_argument(
         "--isas",
@@ -291,6 +297,8 @@ def main() -> None:
     add_check_argument(parser)
     add_output_argument(parser)
     arguments = parser.parse_args()
+    if not arguments.flex:
+        arguments.kernels = [name for name in arguments.kernels if not name.startswith("FlexAttention")]
 
     print_environment()
     print(describe_indexes(arguments))

@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 OURS_SPARSE, OURS_DENSE, GREY = "#D55E00", "#0072B2", "#595959"
 PEER_COLOURS = ["#595959", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1"]
@@ -32,7 +32,8 @@ NAMES = {
     "DCA dense": "ours, DCA dense",
     "DCA vertical-slash": "ours, DCA sparse",
 }
-"""Of bench_attention.py's kernels that are ours."""
+"""Of our kernels."""
+SPARSE_NAMES = {"xattention": "XAttention", "trishape": "TriShape"}
 
 Series = dict[str, list[dict[str, Any]]]
 
@@ -49,7 +50,7 @@ def panels(record: dict[str, Any]) -> dict[str, Series]:
             if label == "qwen_sparse":
                 label = NAMES[row["attention"]]
             elif row["attention"] != "dense":
-                label += f", {row['attention']}"
+                label += f", {SPARSE_NAMES.get(row['attention'], row['attention'])}"
         elif record["benchmark"] == "attention":
             heads = f"{options['num_heads']}/{options['num_kv_heads']} heads"
             title = f"attention, {heads}, head_dim {row['head_dim']}, {row['dtype']}, {row['isa']}"
@@ -85,8 +86,6 @@ def _middle(group: Sequence[float]) -> float:
 
 def duration(seconds: float, _: object = None) -> str:
     """A time axis' tick."""
-    if seconds >= 60 and seconds % 60 == 0:
-        return f"{seconds / 60:g} min"
     return f"{seconds:g} s" if seconds >= 1 else f"{1e3 * seconds:g} ms"
 
 
@@ -147,8 +146,9 @@ def draw(axes: Axes, title: str, series: Series, height: float) -> None:
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}")
     )
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high_limit / low_limit < 300 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(duration))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(which="major", color="#DDDDDD", linewidth=0.8)
     axes.tick_params(length=0, which="both", colors=GREY, labelsize=9)
     for side in ("top", "right", "left", "bottom"):
@@ -174,7 +174,7 @@ def main() -> None:
         draw(axes, title, series, height)
     # Room on the right of every panel for the names of its lines.
     figure.subplots_adjust(
-        left=0.55 / figure.get_figwidth() * 1.2,
+        left=0.66 / figure.get_figwidth(),
         right=1 - 2.3 / figure.get_figwidth(),
         wspace=3.1 / (figure.get_figwidth() / columns - 3.0),
         bottom=0.55 / figure.get_figheight(),
