@@ -49,7 +49,7 @@ def _draw(seqlen: int, rows: int, density: float, generator: np.random.Generator
     first, width, pairs = 0, BAND, 0.0
     reach, more = added(first, width)
     allowed = (1 - SLASH_SHARE) * (more + SINKS * rows) + SLASH_SHARE * target
-    while pairs == 0 or pairs + more <= allowed:
+    while pairs == 0 or (pairs + more <= allowed and not covered.all()):
         slashes[first : first + width] = covered[reach] = True
         pairs += more
         first, width = int(generator.integers(seqlen)), int(generator.integers(16, 256))
