@@ -211,7 +211,15 @@ def measure(
             row |= {"density": middle.density, "peak_memory": middle.peak_memory, "phase_shares": phases}
             row["outside_share"] = 1 - phases["linear"] - phases["attention"]
         rows.append({**row, "seconds": vars(timing)})
+    announce(rows)
     return rows, logits["dense"]
+
+
+def announce(rows: list[dict[str, Any]]) -> None:
+    """Progress: a run with long prompts takes an hour."""
+    for row in rows:
+        name = f"{row['engine']} {row['attention']}"
+        print(f"measured: {name}, {row['seqlen']:,} tokens: {time_cells(row['seconds'])[0]}", flush=True)
 
 
 def peer_rows(
@@ -368,7 +376,13 @@ def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
         if python is None:
             print(f"{name}: not measured (no interpreter given)")
         else:
-            rows += peer_rows(arguments, python, script, path, prompts, extra)
+            try:
+                measured = peer_rows(arguments, python, script, path, prompts, extra)
+            except RuntimeError as error:
+                print(f"{name}: not measured: {error}")
+                continue
+            announce(measured)
+            rows += measured
     add_comparisons(rows, logits)
     return sorted(rows, key=lambda row: row["seqlen"])
 
