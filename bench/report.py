@@ -1,20 +1,50 @@
-"""What all benchmarks print: a table for people, then one JSON line for machines; and the file that keeps it."""
+"""What all benchmarks share: their common options, a table for people, then one JSON line for machines and its file."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qwen_sparse.testing import machine
 
 RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "QWEN_SPARSE_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"]
+"""Variables that choose instruction sets or threads; the first two limit torch and its oneDNN to older ones."""
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON here (committed ones are in bench/results)")
+
+
+def add_check_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare results with the reference before anything is timed (default)",
+    )
+
+
+def environment() -> dict[str, str | None]:
+    """The variables of :data:`ENVIRONMENT`, and what torch made of the first."""
+    chosen: dict[str, str | None] = {name: os.environ.get(name) for name in ENVIRONMENT}
+    return {**chosen, "torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def print_environment() -> None:
+    print(", ".join(f"{name} {'unset' if value is None else value}" for name, value in environment().items()))
+
+
+def time_cells(seconds: Mapping[str, float]) -> list[str]:
+    """Median, p10 and p90 with one unit."""
+    scale, unit = (1, "s") if seconds["median"] >= 10 else (1e3, "ms")
+    return [f"{scale * seconds[name]:,.1f} {unit}" for name in ("median", "p10", "p90")]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -25,8 +55,19 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def finish(benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """Print the JSON line and write it to ``--output``."""
-    options = {key: value for key, value in vars(arguments).items() if key != "output"}
-    record = {"benchmark": benchmark, "machine": machine(), "options": options, "rows": list(rows)}
+    options = {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
+    record = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "environment": environment(),
+        "options": options,
+        "rows": list(rows),
+    }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
+
+
+def _plain(value: object) -> object:
+    """Paths by name only: a result says which file, not where it lay."""
+    return value.name if isinstance(value, Path) else value

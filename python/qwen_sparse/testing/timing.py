@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,12 @@ class Timing:
     p10: float
     p90: float
     repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Median and deciles of the samples."""
+        deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [samples[0]] * 9
+        return cls(statistics.median(samples), deciles[0], deciles[-1], len(samples))
 
 
 def interleaved(
@@ -47,12 +53,7 @@ def interleaved(
             if rounds >= 0:
                 samples[name].append(time.perf_counter() - begin)
         rounds += 1
-    return {name: _summary(taken) for name, taken in samples.items()}
-
-
-def _summary(samples: list[float]) -> Timing:
-    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
-    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+    return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
 def machine() -> dict[str, Any]:
