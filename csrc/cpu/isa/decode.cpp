@@ -180,7 +180,11 @@ class DecodeAttention {
                                                      scratch.positions, state.m[r], scratch.l[r],
                                                      state.o + r * kHeadDim, kHeadDim);
       }
-      add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      if constexpr (kIsInt8 && !kHasLow) {
+        add_int8(rows, columns, tile, next, scratch, state.o);
+      } else {
+        add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      }
       if (is_last) break;
       tile = next;
     }
@@ -284,6 +288,20 @@ class DecodeAttention {
         store(s + r * kBlockN + j, x * (q.unit[row + r] * load(k_scale + j)));
       }
     }
+  }
+
+  void add_int8(int64_t rows, int64_t columns, const Tile& tile, const Tile& next, const Scratch& scratch,
+                float* o) const {
+    int32_t* pairs = scratch.sums;
+    float units[kMaxDecodeRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      units[r] = to_int16_weights(scratch.s + r * kBlockN, columns, pairs + r * (kBlockN / 2));
+    }
+    const int64_t num_pairs = ceil_div(tile.count, 2);
+#ifdef __AVX512BW__
+    if (has_vnni_) return add_int8_values<VnniProduct, kHeadDim>(rows, num_pairs, pairs, units, tile.v, next.v, o);
+#endif
+    add_int8_values<Int16Product, kHeadDim>(rows, num_pairs, pairs, units, tile.v, next.v, o);
   }
 
   void turn_and_add_bias(const Queries& q, int64_t row, int64_t rows, int64_t first, const Scratch& scratch,

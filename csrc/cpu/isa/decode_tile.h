@@ -16,6 +16,7 @@ namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
 typedef int16_t VecS __attribute__((vector_size(kLanes * 4)));
+typedef int16_t VecNarrow __attribute__((vector_size(kLanes * 2)));
 
 constexpr int kHalfTile = kBlockN / 2;
 
@@ -276,6 +277,98 @@ QWEN_SPARSE_INLINE void add_values(int64_t rows, int64_t count, const float* wei
       });
 }
 
+// The largest lane, in log2(kLanes) rounds.
+QWEN_SPARSE_INLINE float largest_lane(VecF v) {
+  QWEN_SPARSE_UNROLL
+  for (int width = kLanes; width > 1; width /= 2) v = vmax(interleave_low(v, v), interleave_high(v, v));
+  return v[0];
+}
+
+// A row's weights [columns] as int16 relative to the largest, two keys to an element; returns what one unit stands for.
+// The error is 2^-16 of the tile's largest weight, of results in 16 bits 2^-9 at best.
+QWEN_SPARSE_INLINE float to_int16_weights(const float* weights, int64_t columns, int32_t* pairs) {
+  VecF largest{}, sum{};
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    largest = vmax(largest, load(weights + j));
+    sum += load(weights + j);
+  }
+  const float unit = largest_lane(largest) / 32767.0f;
+  const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const VecI rounded = __builtin_convertvector(load(weights + j) * inverse + 0.5f, VecI);
+    const auto narrow = __builtin_convertvector(rounded, VecNarrow);
+    memcpy(pairs + j / 2, &narrow, sizeof(narrow));
+  }
+  return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity among the weights shows in the result
+}
+
+// Channels d to d + 2 kLanes of two value rows: lane by lane, a channel of both rows as int16. Which channel stands in
+// which lane is undone by `in_order`.
+QWEN_SPARSE_INLINE void pair_values(const int8_t* first, const int8_t* second, VecI (&pairs)[2]) {
+#if defined(__AVX512BW__)
+  const __m256i a = load_as<__m256i>(first), b = load_as<__m256i>(second);
+  pairs[0] = (VecI)_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a, b));
+  pairs[1] = (VecI)_mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a, b));
+#elif defined(__AVX2__)
+  const __m128i a = load_as<__m128i>(first), b = load_as<__m128i>(second);
+  pairs[0] = (VecI)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+  pairs[1] = (VecI)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+#else
+  for (int v = 0; v < 2; ++v) {
+    const VecI a = load_bytes(first + v * kLanes), b = load_bytes(second + v * kLanes);
+    pairs[v] = (b << 16) | (a & 0xffff);
+  }
+#endif
+}
+
+// Sums of pair_values' products with their channels in order.
+QWEN_SPARSE_INLINE void in_order([[maybe_unused]] VecI (&sums)[2]) {
+#if defined(__AVX512BW__)  // unpacking went by halves of 16 bytes: 0-7 and 16-23, 8-15 and 24-31
+  const VecI a = sums[0], b = sums[1];
+  sums[0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  sums[1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#endif
+}
+
+// o [rows, kHeadDim] += int16 weights [rows, 2 num_pairs] times their units times int8 values, exact in between: 128
+// products of 127 and 32767 fit. `next` as in score_keys.
+template <typename Product, int kHeadDim>
+QWEN_SPARSE_INLINE void add_int8_values(int64_t rows, int64_t num_pairs, const int32_t* weights, const float* units,
+                                        const int8_t* const* values, const int8_t* const* next, float* o) {
+  static_assert(kBlockN * 127 * 32767LL < INT32_MAX, "the sums of a tile fit 32 bits");
+  for_row_blocks(
+      rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
+        constexpr int kRows = decltype(size)::value;
+        const int32_t* block = weights + first * (kBlockN / 2);
+        for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
+          VecI acc[kRows][2] = {};
+          for (int64_t i = 0; i < num_pairs; ++i) {
+            if (d % 64 == 0) {
+              prefetch(next[2 * i] + d);
+              prefetch(next[2 * i + 1] + d);
+            }
+            VecI pairs[2];
+            pair_values(values[2 * i] + d, values[2 * i + 1] + d, pairs);
+            QWEN_SPARSE_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+              const VecI weight = Product::broadcast(block[r * (kBlockN / 2) + i]);
+              acc[r][0] = Product::multiply_add(weight, pairs[0], acc[r][0]);
+              acc[r][1] = Product::multiply_add(weight, pairs[1], acc[r][1]);
+            }
+          }
+          QWEN_SPARSE_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            in_order(acc[r]);
+            float* out = o + (first + r) * kHeadDim + d;
+            for (int v = 0; v < 2; ++v) {
+              const VecF sum = __builtin_convertvector(acc[r][v], VecF) * units[first + r];
+              store(out + v * kLanes, load(out + v * kLanes) + sum);
+            }
+          }
+        }
+      });
+}
+
 QWEN_SPARSE_INLINE VecF reverse(VecF v) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -314,13 +407,6 @@ QWEN_SPARSE_INLINE void add_bias(int64_t rows, const float* turned, const float*
       store(middle - t - kLanes, load(middle - t - kLanes) + reverse(even - odd));
     }
   }
-}
-
-// The largest lane, in log2(kLanes) rounds.
-QWEN_SPARSE_INLINE float largest_lane(VecF v) {
-  QWEN_SPARSE_UNROLL
-  for (int width = kLanes; width > 1; width /= 2) v = vmax(interleave_low(v, v), interleave_high(v, v));
-  return v[0];
 }
 
 // One row's scores [columns], scaled and in base 2, to weights in place; updates m and l (a sum per lane), rescales o.

@@ -107,16 +107,17 @@ QWEN_SPARSE_INLINE void store(fp16* p, VecF v) {
 }
 
 // Not by __builtin_convertvector, which GCC 12 turns into byte-by-byte code in general registers.
-QWEN_SPARSE_INLINE VecF load(const int8_t* p) {
+QWEN_SPARSE_INLINE VecI load_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
-  return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+  return (VecI)_mm512_cvtepi8_epi32(load_as<__m128i>(p));
 #elif defined(__AVX2__)
-  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  return (VecI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
   const VecI bytes = load_as<int32_t>(p) - VecI{};
-  return __builtin_convertvector(bytes << VecI{24, 16, 8, 0} >> 24, VecF);
+  return bytes << VecI{24, 16, 8, 0} >> 24;
 #endif
 }
+QWEN_SPARSE_INLINE VecF load(const int8_t* p) { return __builtin_convertvector(load_bytes(p), VecF); }
 
 QWEN_SPARSE_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 
