@@ -25,7 +25,7 @@ __all__ = [
     "weight_elements",
 ]
 
-DEFAULT_CHUNK_TOKENS = 4096
+DEFAULT_CHUNK_TOKENS = 16384
 """Tokens per prefill chunk on CPUs unless the caller says otherwise."""
 
 _CONTROL_GROUPS = (
@@ -111,7 +111,7 @@ def estimate_memory(
         batch: sequences in the cache.
         kv_cache_dtype: "auto", "bfloat16" or "int8".
         dtype: of weights and activations; the checkpoint's when None.
-        chunk_tokens: rows per prefill chunk; 4096 when None.
+        chunk_tokens: rows per prefill chunk; 16384 when None.
 
     Raises:
         ValueError: a size below 1 or an unknown ``kv_cache_dtype``.

@@ -77,7 +77,7 @@ def prefill(
     Args:
         model: the model.
         input_ids: the new tokens, a sequence of ints or an integer tensor ``[n]``.
-        chunk_tokens: rows per prefill chunk; 4096 when None. Dense results do not depend on it up to
+        chunk_tokens: rows per prefill chunk; 16384 when None. Dense results do not depend on it up to
             rounding; sparse indexes are chosen once per chunk.
         cache: continue this cache (``model.new_cache()`` or an earlier result's); a new one when None. When
             anything is raised on the way, it holds the whole chunks that were finished, and can be used.

@@ -6,6 +6,7 @@
 // succ, intra, with the query rotation swapped at the border. Scratch is O(tile): the staged tiles, scores, queries
 // and outputs of a block.
 #include "cpu/head_index.h"
+#include "cpu/isa/arena.h"
 #include "cpu/isa/prefill_tile.h"
 #include "cpu/parallel.h"
 

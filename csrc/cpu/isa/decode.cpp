@@ -96,28 +96,28 @@ class DecodeAttention {
     float* bias;       // [kMaxDecodeRows, kHeadDim] q . R_j b = bias[:half] . cos + bias[half:] . sin
   };
 
-  // Consecutive keys and where they lie; the last one repeats up to kBlockN, with scales of 0.
+  // Consecutive keys and where they lie; the last one repeats up to kTileKeys, with scales of 0.
   struct Tile {
     int64_t first, count;
-    const C **k, **v;          // [kBlockN]
-    float *k_scale, *v_scale;  // [kBlockN], int8 only
+    const C **k, **v;          // [kTileKeys]
+    float *k_scale, *v_scale;  // [kTileKeys], int8 only
   };
 
   struct Scratch {
     explicit Scratch(Arena& arena)
-        : packed_k(arena.take<Elem>(kBlockN * kElems)),
-          s(arena.take<float>(kMaxDecodeRows * kBlockN)),
-          sums(arena.take<Elem>(2 * kMaxDecodeRows * kBlockN)),
+        : packed_k(arena.take<Elem>(kTileKeys * kElems)),
+          s(arena.take<float>(kMaxDecodeRows * kTileKeys)),
+          sums(arena.take<Elem>(2 * kMaxDecodeRows * kTileKeys)),
           turned(arena.take<float>(kMaxDecodeRows * kHeadDim)),
           l(arena.take<VecF>(kMaxDecodeRows)),
           limits(arena.take<RowLimits>(kMaxDecodeRows)),
           row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
-          positions(arena.take<int32_t>(kBlockN)) {
+          positions(arena.take<int32_t>(kTileKeys)) {
       for (Tile& tile : tiles) {
-        tile.k = arena.take<const C*>(kBlockN);
-        tile.v = arena.take<const C*>(kBlockN);
-        tile.k_scale = arena.take<float>(kBlockN);
-        tile.v_scale = arena.take<float>(kBlockN);
+        tile.k = arena.take<const C*>(kTileKeys);
+        tile.v = arena.take<const C*>(kTileKeys);
+        tile.k_scale = arena.take<float>(kTileKeys);
+        tile.v_scale = arena.take<float>(kTileKeys);
       }
       for (Queries& rotation : q) {
         rotation.high = arena.take<Elem>(kMaxDecodeRows * kElems);
@@ -176,8 +176,8 @@ class DecodeAttention {
       }
       for (int64_t r = 0; r < rows; ++r) {
         (masked ? scores_to_weights<true, kIsInt8>
-                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kBlockN, columns, tile.v_scale, scratch.limits[r],
-                                                     scratch.positions, state.m[r], scratch.l[r],
+                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kTileKeys, columns, tile.v_scale,
+                                                     scratch.limits[r], scratch.positions, state.m[r], scratch.l[r],
                                                      state.o + r * kHeadDim, kHeadDim);
       }
       if constexpr (kIsInt8 && !kHasLow) {
@@ -245,7 +245,7 @@ class DecodeAttention {
         tile.v[i] = v;
       }
     }
-    for (int64_t i = tile.count; i < kBlockN; ++i) {
+    for (int64_t i = tile.count; i < kTileKeys; ++i) {
       tile.k[i] = tile.k[tile.count - 1];
       tile.v[i] = tile.v[tile.count - 1];
       tile.k_scale[i] = tile.v_scale[i] = 0.0f;
@@ -257,7 +257,7 @@ class DecodeAttention {
     for_each_rotation(
         scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
           const Queries& q = scratch.q[rotation];
-          float* s = scratch.s + row * kBlockN;
+          float* s = scratch.s + row * kTileKeys;
           if constexpr (kIsInt8) {
             score_int8(q, row, num_rows, tile.k_scale, next.k, columns, scratch, s);
           } else {
@@ -270,7 +270,7 @@ class DecodeAttention {
   void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, const C* const* next,
                   int64_t columns, const Scratch& scratch, float* s) const {
     int32_t* high = scratch.sums;
-    int32_t* low = high + kMaxDecodeRows * kBlockN;
+    int32_t* low = high + kMaxDecodeRows * kTileKeys;
     const auto product = [&](const int32_t* digits, int32_t* sums) {
 #ifdef __AVX512BW__
       if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
@@ -281,11 +281,11 @@ class DecodeAttention {
     if constexpr (kHasLow) product(q.low + row * kElems, low);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; j += kLanes) {
-        VecF x = __builtin_convertvector(load_as<VecI>(high + r * kBlockN + j), VecF);
+        VecF x = __builtin_convertvector(load_as<VecI>(high + r * kTileKeys + j), VecF);
         if constexpr (kHasLow) {
-          x += __builtin_convertvector(load_as<VecI>(low + r * kBlockN + j), VecF) * (1.0f / kLowUnit);
+          x += __builtin_convertvector(load_as<VecI>(low + r * kTileKeys + j), VecF) * (1.0f / kLowUnit);
         }
-        store(s + r * kBlockN + j, x * (q.unit[row + r] * load(k_scale + j)));
+        store(s + r * kTileKeys + j, x * (q.unit[row + r] * load(k_scale + j)));
       }
     }
   }
@@ -295,7 +295,7 @@ class DecodeAttention {
     int32_t* pairs = scratch.sums;
     float units[kMaxDecodeRows];
     for (int64_t r = 0; r < rows; ++r) {
-      units[r] = to_int16_weights(scratch.s + r * kBlockN, columns, pairs + r * (kBlockN / 2));
+      units[r] = to_int16_weights(scratch.s + r * kTileKeys, columns, pairs + r * (kTileKeys / 2));
     }
     const int64_t num_pairs = ceil_div(tile.count, 2);
 #ifdef __AVX512BW__
@@ -307,7 +307,7 @@ class DecodeAttention {
   void turn_and_add_bias(const Queries& q, int64_t row, int64_t rows, int64_t first, const Scratch& scratch,
                          float* s) const {
     const int64_t position = p_.chunk_len == 0 ? first : first % p_.chunk_len;
-    const Rotation<float> backwards(-(2 * position + kBlockN - 1), half_inv_freq_, kHalf, 1.0);
+    const Rotation<float> backwards(-(2 * position + kTileKeys - 1), half_inv_freq_, kHalf, 1.0);
     for (int64_t r = 0; r < rows; ++r) {
       rotate_row(q.bias + (row + r) * kHeadDim, kHeadDim, backwards, scratch.turned + r * kHeadDim);
     }

@@ -1,4 +1,4 @@
-// The pieces of decode on one tile: up to kBlockN keys of one kv head against a few query rows.
+// The pieces of decode on one tile: up to kTileKeys keys of one kv head against a few query rows.
 //
 //   S = Q K^T    K transposed so that lanes are keys. int8 keys stay integers: query rows are 16-bit fixed point, two
 //                channels are multiplied and added per 32-bit lane, and the key's scale meets the finished score
@@ -15,10 +15,45 @@
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
+constexpr int kTileKeys = 128;
 typedef int16_t VecS __attribute__((vector_size(kLanes * 4)));
 typedef int16_t VecNarrow __attribute__((vector_size(kLanes * 2)));
 
-constexpr int kHalfTile = kBlockN / 2;
+constexpr int kHalfTile = kTileKeys / 2;
+
+QWEN_SPARSE_INLINE int64_t round_up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// End of the tile that starts at key `begin`: kTileKeys keys, cut at `end` and at the chunk border.
+QWEN_SPARSE_INLINE int64_t tile_end(int64_t begin, int64_t end, int64_t chunk_len) {
+  end = min(end, begin + kTileKeys);
+  return chunk_len == 0 ? end : min(end, (begin / chunk_len + 1) * chunk_len);
+}
+
+// Which keys of a tile a row may attend: lower < position <= upper.
+struct RowLimits {
+  int32_t lower;
+  int32_t upper;
+};
+
+// Running softmax of one block of rows.
+struct SoftmaxState {
+  float* m;  // [rows] running maximum of the scaled base-2 scores
+  float* l;  // [rows] running sum
+  float* o;  // [rows, head_dim] running output, not yet divided by l
+};
+
+QWEN_SPARSE_INLINE void reset(const SoftmaxState& state, int64_t rows, int64_t head_dim) {
+  for (int64_t r = 0; r < rows; ++r) state.m[r] = -kInfinity;
+  for (int64_t r = 0; r < rows; ++r) state.l[r] = 0.0f;
+  for (int64_t i = 0; i < rows * head_dim; i += kLanes) store(state.o + i, VecF{});
+}
+
+// Divides by the sum, converts and writes one row; a row that attended nothing gives zeros.
+template <typename T>
+QWEN_SPARSE_INLINE void write_row(const float* o, float l, int64_t head_dim, T* out) {
+  const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(o + d) * inverse);
+}
 
 // Rows that one pass of a product takes; their accumulators fill the registers.
 constexpr int kMaxBlockRows = kLanes == 16 ? 8 : 6;
@@ -242,7 +277,7 @@ QWEN_SPARSE_INLINE void prefetch(const C* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
-// Scores [rows, kBlockN] of packed keys, raw: floats, or sums of int16 products. Requests the keys that
+// Scores [rows, kTileKeys] of packed keys, raw: floats, or sums of int16 products. Requests the keys that
 // `next` points to.
 template <typename Product, int kElems, typename C>
 QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const C* const* next, const typename Product::Elem* q,
@@ -251,14 +286,14 @@ QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const C* const
   const auto key = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
     if (v % kLineVecs == 0) {
       const int64_t line = (column / kLanes + v) / kLineVecs * kElems + i;
-      prefetch(next[line % kBlockN] + line / kBlockN * (64 / sizeof(C)));
+      prefetch(next[line % kTileKeys] + line / kTileKeys * (64 / sizeof(C)));
     }
     return load_as<typename Product::Vec>(packed + ((column / kLanes + v) * kElems + i) * kLanes);
   };
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-        multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, columns, key, s + first * kBlockN,
-                                                 kBlockN, false);
+        multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, columns, key,
+                                                 s + first * kTileKeys, kTileKeys, false);
       });
 }
 
@@ -272,7 +307,7 @@ QWEN_SPARSE_INLINE void add_values(int64_t rows, int64_t count, const float* wei
   };
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-        multiply<FloatProduct, decltype(size)::value>(weights + first * kBlockN, kBlockN, count, kHeadDim, value,
+        multiply<FloatProduct, decltype(size)::value>(weights + first * kTileKeys, kTileKeys, count, kHeadDim, value,
                                                       o + first * kHeadDim, kHeadDim, true);
       });
 }
@@ -335,11 +370,11 @@ QWEN_SPARSE_INLINE void in_order([[maybe_unused]] VecI (&sums)[2]) {
 template <typename Product, int kHeadDim>
 QWEN_SPARSE_INLINE void add_int8_values(int64_t rows, int64_t num_pairs, const int32_t* weights, const float* units,
                                         const int8_t* const* values, const int8_t* const* next, float* o) {
-  static_assert(kBlockN * 127 * 32767LL < INT32_MAX, "the sums of a tile fit 32 bits");
+  static_assert(kTileKeys * 127 * 32767LL < INT32_MAX, "the sums of a tile fit 32 bits");
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
         constexpr int kRows = decltype(size)::value;
-        const int32_t* block = weights + first * (kBlockN / 2);
+        const int32_t* block = weights + first * (kTileKeys / 2);
         for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
           VecI acc[kRows][2] = {};
           for (int64_t i = 0; i < num_pairs; ++i) {
@@ -351,7 +386,7 @@ QWEN_SPARSE_INLINE void add_int8_values(int64_t rows, int64_t num_pairs, const i
             pair_values(values[2 * i] + d, values[2 * i + 1] + d, pairs);
             QWEN_SPARSE_UNROLL
             for (int r = 0; r < kRows; ++r) {
-              const VecI weight = Product::broadcast(block[r * (kBlockN / 2) + i]);
+              const VecI weight = Product::broadcast(block[r * (kTileKeys / 2) + i]);
               acc[r][0] = Product::multiply_add(weight, pairs[0], acc[r][0]);
               acc[r][1] = Product::multiply_add(weight, pairs[1], acc[r][1]);
             }
@@ -400,7 +435,7 @@ QWEN_SPARSE_INLINE void add_bias(int64_t rows, const float* turned, const float*
         });
   }
   for (int64_t r = 0; r < rows; ++r) {
-    float* middle = s + r * kBlockN + kHalfTile;
+    float* middle = s + r * kTileKeys + kHalfTile;
     for (int t = 0; t < kHalfTile; t += kLanes) {
       const VecF even = load(sums + r * kHalfTile + t), odd = load(sums + (rows + r) * kHalfTile + t);
       store(middle + t, load(middle + t) + (even + odd));

@@ -4,7 +4,7 @@
 // threads, so results do not either.
 #pragma once
 
-#include "cpu/isa/tile.h"
+#include "cpu/isa/arena.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
@@ -18,12 +18,6 @@ QWEN_SPARSE_INLINE int rotation_for(int64_t row_chunk, int64_t key_chunk) {
 
 QWEN_SPARSE_INLINE int64_t chunk_of(int64_t position, int64_t chunk_len) {
   return chunk_len == 0 ? 0 : floor_div(position, chunk_len);
-}
-
-// End of the tile that starts at key `begin`: kBlockN keys, cut at `end` and at the chunk border.
-QWEN_SPARSE_INLINE int64_t tile_end(int64_t begin, int64_t end, int64_t chunk_len) {
-  end = min(end, begin + kBlockN);
-  return chunk_len == 0 ? end : min(end, (begin / chunk_len + 1) * chunk_len);
 }
 
 // Calls body(first_row, num_rows, rotation) for each run of rows that meets `key_chunk` with the same rotation.

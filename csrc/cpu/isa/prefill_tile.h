@@ -5,116 +5,17 @@
 //   P^T = 2^(S^T - m)                        online softmax in base 2; m and l are vectors of 64 rows
 //   O^T = O^T c + V^T P^T    [head_dim, 64]  V element by element against P^T [keys][64]
 //
-// K and V are left operands, read one element at a time, so keys from anywhere need no transposition: a tile is their
-// rows copied (and widened) one after the other. Only Q and O are transposed, once per block. Maximum, sum and
-// correction of a row stay in its lane: no horizontal reductions. Both products are one register-blocked micro-kernel
-// with 6 x 4 accumulators (AVX-512; 6 x 2 otherwise): 10 loads for 24 multiply-adds.
+// A tile is the rows of its keys and values copied (and widened) one after the other. Maximum, sum and correction of a
+// row stay in its lane: no horizontal reductions. O is transposed back once per block.
 #pragma once
 
-#include "cpu/isa/tile.h"
+#include "cpu/isa/lanes.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
 constexpr int kTileKeys = 64;  // P^T is 16 KiB: it stays in L1 while V streams past
-constexpr int kVecsPerBlock = kBlockM / kLanes;
-constexpr int kPadV = 16;  // a row stride that is a power of two would put a column of V in few cache sets
-
-static_assert(kVecsPerBlock % kGemmVecs == 0, "full blocks use the widest micro-kernel only");
-
-// C [kRows][kVecs lanes] = (C * factor) + A B, or A B when factor is null. B and C have kBlockM columns. A(i, k) is
-// a[i * lda + k], or a[k * lda + i] when kColumnMajorA.
-template <typename Dot, int kRows, int kVecs, int kLda, bool kColumnMajorA>
-QWEN_SPARSE_INLINE void gemm_lanes_registers(const typename Dot::Elem* a, const typename Dot::Elem* b, int64_t depth,
-                                             float* c, const float* factor) {
-  VecF acc[kRows][kVecs];
-  QWEN_SPARSE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    QWEN_SPARSE_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-      acc[r][v] = factor == nullptr ? VecF{} : load(c + r * kBlockM + v * kLanes) * load(factor + v * kLanes);
-    }
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    typename Dot::Vec lanes[kVecs];
-    QWEN_SPARSE_UNROLL
-    for (int v = 0; v < kVecs; ++v) lanes[v] = Dot::read(b + k * kBlockM + v * kLanes);
-    QWEN_SPARSE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const typename Dot::Vec element = Dot::broadcast(kColumnMajorA ? a[k * kLda + r] : a[r * kLda + k]);
-      QWEN_SPARSE_UNROLL
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::fma(element, lanes[v], acc[r][v]);
-    }
-  }
-  QWEN_SPARSE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    QWEN_SPARSE_UNROLL
-    for (int v = 0; v < kVecs; ++v) store(c + r * kBlockM + v * kLanes, acc[r][v]);
-  }
-}
-
-template <typename Dot, int kVecs, int kLda, bool kColumnMajorA>
-QWEN_SPARSE_INLINE void gemm_lanes_panel(int64_t rows, const typename Dot::Elem* a, const typename Dot::Elem* b,
-                                         int64_t depth, float* c, const float* factor) {
-  constexpr int kNextRow = kColumnMajorA ? 1 : kLda;
-  int64_t r = 0;
-  for (; r + kGemmRows <= rows; r += kGemmRows) {
-    gemm_lanes_registers<Dot, kGemmRows, kVecs, kLda, kColumnMajorA>(a + r * kNextRow, b, depth, c + r * kBlockM,
-                                                                     factor);
-  }
-  if (r + 4 <= rows) {
-    gemm_lanes_registers<Dot, 4, kVecs, kLda, kColumnMajorA>(a + r * kNextRow, b, depth, c + r * kBlockM, factor);
-    r += 4;
-  }
-  if (r < rows) {
-    gemm_lanes_registers<Dot, 2, kVecs, kLda, kColumnMajorA>(a + r * kNextRow, b, depth, c + r * kBlockM, factor);
-  }
-}
-
-// The same for any even number of rows and the first `vecs` vectors of lanes.
-template <typename Dot, int kLda, bool kColumnMajorA>
-void gemm_lanes(int64_t rows, int64_t vecs, int64_t depth, const typename Dot::Elem* a, const typename Dot::Elem* b,
-                float* c, const float* factor) {
-  int64_t v = 0;
-  for (; v + kGemmVecs <= vecs; v += kGemmVecs) {
-    gemm_lanes_panel<Dot, kGemmVecs, kLda, kColumnMajorA>(rows, a, b + v * kLanes, depth, c + v * kLanes,
-                                                          factor == nullptr ? nullptr : factor + v * kLanes);
-  }
-  for (; v < vecs; ++v) {
-    gemm_lanes_panel<Dot, 1, kLda, kColumnMajorA>(rows, a, b + v * kLanes, depth, c + v * kLanes,
-                                                  factor == nullptr ? nullptr : factor + v * kLanes);
-  }
-}
-
-// Q^T [head_dim / kPair][kBlockM] of `rows` query rows; the other lanes are zero.
-template <typename Dot, typename T, typename RowOf>
-QWEN_SPARSE_INLINE void stage_queries_in_lanes(int64_t rows, int64_t head_dim, RowOf row_of, typename Dot::Elem* out) {
-  using Vec = typename Dot::Raw;
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t d = 0; d < head_dim / Dot::kPair; d += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        if constexpr (Dot::kPair == 2) {
-          block[i] = r + i < rows ? load_as<Vec>(reinterpret_cast<const uint32_t*>(row_of(r + i)) + d) : Vec{};
-        } else {
-          block[i] = r + i < rows ? load(row_of(r + i) + d) : Vec{};
-        }
-      }
-      transpose(block);
-      for (int i = 0; i < kLanes; ++i) memcpy(out + (d + i) * kBlockM + r, &block[i], sizeof(Vec));
-    }
-  }
-}
-
-// One key as left operand: [head_dim / kPair] elements.
-template <typename Dot, typename T>
-QWEN_SPARSE_INLINE void stage_key(const T* row, int64_t head_dim, typename Dot::Elem* out) {
-  if constexpr (Dot::kPair == 2) {
-    memcpy(out, row, head_dim * sizeof(T));
-  } else {
-    for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(row + d));
-  }
-}
+constexpr int kPadV = 16;      // a row stride that is a power of two would put a column of V in few cache sets
 
 // The values of kPair consecutive keys as left operand: [head_dim] elements.
 template <typename Dot, typename T>

@@ -9,11 +9,13 @@
 // cheap: a row's maximum and sum stay in its lane, and from one key to the next each diagonal moves one lane down, so
 // that shifting the 64 running sums lines them up with the next weights and lane 0 drops out complete.
 #include "cpu/isa/few_rows.h"
+#include "cpu/isa/lanes.h"
 #include "cpu/parallel.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
+static_assert(kMaxLastQ == kBlockM, "the voting rows are one block of lanes");
 constexpr int kRowVecs = kMaxLastQ / kLanes;
 // Keys widened at once, for all heads of the group: 96 KiB at head_dim 128, in L2 beside the group's packed queries.
 constexpr int64_t kTileKeys = 192;
@@ -157,12 +159,10 @@ class SelectScores {
     Scratch(Arena& arena, int64_t group_size)
         : k(arena.take<Elem>(kTileKeys * kDepth)),
           q(arena.take<Elem>(group_size * kDepth * kMaxLastQ)),
-          staged_q(arena.take<Elem>(kLanes * kDepth)),
           s(arena.take<float>(kBlockKeys * kMaxLastQ)),
           columns(arena.take<float>((kTileKeys + kLanes) * kLanes)) {}
     Elem* k;         // [kTileKeys, kDepth]
     Elem* q;         // [group_size, kDepth, kMaxLastQ], last row first
-    Elem* staged_q;  // [kLanes, kDepth]
     float* s;        // [kBlockKeys, kMaxLastQ]
     float* columns;  // [kTileKeys, kLanes]: a column's score, yet to be summed over the lanes
   };
@@ -207,20 +207,12 @@ class SelectScores {
   void pack_q(int64_t head, RotationOf rotation_of, const Scratch& scratch) const {
     Elem* packed = scratch.q + head % group_size_ * kDepth * kMaxLastQ;
     const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
-    for (int64_t lane = 0; lane < kMaxLastQ; lane += kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t row = max<int64_t>(rows_ - 1 - lane - i, 0);
-        const Rows& q = *rotations[rotation_of(row)];
-        stage_query_row<Dot>(static_cast<const T*>(q.data) + row * q.row_stride + head * q.head_stride, kHeadDim,
-                             scratch.staged_q + i * kDepth);
-      }
-      for (int64_t d = 0; d < kDepth; d += kLanes) {
-        VecU block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(scratch.staged_q + i * kDepth + d);
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i) memcpy(packed + (d + i) * kMaxLastQ + lane, &block[i], sizeof(VecU));
-      }
-    }
+    const auto row_of = [&](int64_t lane) {
+      const int64_t row = max<int64_t>(rows_ - 1 - lane, 0);
+      const Rows& q = *rotations[rotation_of(row)];
+      return static_cast<const T*>(q.data) + row * q.row_stride + head * q.head_stride;
+    };
+    stage_queries_in_lanes<Dot, T>(kMaxLastQ, kHeadDim, row_of, packed);
   }
 
   // Calls body(scratch, head, begin, count) for each tile of the task's keys and each head of the group, keys
@@ -244,7 +236,7 @@ class SelectScores {
       for (; begin < chunk_end; begin += kTileKeys) {
         const int64_t count = min(kTileKeys, chunk_end - begin);
         for (int64_t i = 0; i < count; ++i) {
-          stage_query_row<Dot>(key_row(kv_head, begin + i), kHeadDim, scratch.k + i * kDepth);
+          stage_key<Dot>(key_row(kv_head, begin + i), kHeadDim, scratch.k + i * kDepth);
         }
         for (int64_t member = 0; member < group_size_; ++member) {
           body(scratch, kv_head * group_size_ + member, begin, count);
@@ -264,7 +256,7 @@ class SelectScores {
     for (int64_t block = 0; block < count; block += kBlockKeys) {
       const int64_t keys = min(kBlockKeys, count - block);
       prefetch_keys(head, begin + block + kTileKeys, keys);
-      gemm<Dot>(keys, kMaxLastQ, kDepth, scratch.k + block * kDepth, kDepth, q, kMaxLastQ, scratch.s, kMaxLastQ, false);
+      gemm_lanes<Dot, kDepth, false>(keys, kRowVecs, kDepth, scratch.k + block * kDepth, q, scratch.s, nullptr);
       const int64_t keys_after = num_keys_ - 1 - begin - block;  // row i before the last sees keys up to keys_after - i
       if (keys_after >= keys - 1 + kMaxLastQ - 1) {
         body(block, keys, [=](int64_t key, int v) { return load(s + key * kMaxLastQ + v * kLanes) * scale; });

@@ -186,6 +186,11 @@ QWEN_SPARSE_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
+// The log-sum-exp of a row from its maximum in base 2 and its sum.
+QWEN_SPARSE_INLINE float natural_lse(float m, float l) {
+  return l > 0.0f ? (m + __builtin_log2f(l)) * kLn2 : (l == 0.0f ? -kInfinity : l);
+}
+
 // Calls body with a value of the C++ type of `dtype`.
 template <typename Body>
 QWEN_SPARSE_INLINE void dispatch_float(DType dtype, Body body) {
