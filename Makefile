@@ -48,11 +48,12 @@ format: $(VENV)/.dev
 # About ten minutes on two cores. Peers in environments of their own (bench/peers/README.md):
 # make bench PREFILL_ARGS="--vllm-python ... --openvino-python ..."
 bench: $(VENV)/.dev
+	$(RUN) bench/bench_machine.py --output bench/results/machine_cpu.json
 	$(RUN) bench/bench_attention.py --no-flex --repeats 3 --output bench/results/attention_cpu.json
 	$(RUN) bench/bench_selection.py --output bench/results/selection_cpu.json
 	$(RUN) bench/bench_decode.py --output bench/results/decode_cpu.json
 	$(RUN) bench/bench_prefill.py --layers 8 $(PREFILL_ARGS) --output bench/results/prefill_cpu.json
-	$(RUN) bench/plot.py bench/results/attention_cpu.json --output bench/results/attention_cpu.png
+	$(RUN) bench/plot.py bench/results/attention_cpu.json --panels bfloat16 --output bench/results/attention_cpu.png
 	$(RUN) bench/plot.py bench/results/prefill_cpu.json --output bench/results/prefill_cpu.png
 
 clean:

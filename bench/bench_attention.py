@@ -1,9 +1,11 @@
 """Prefill attention on this machine's CPU: dense, vertical-slash and Dual Chunk Attention beside torch's kernels.
 
     python bench/bench_attention.py --isas avx512 avx512_bf16 --output bench/results/attention_cpu.json
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python bench/bench_attention.py --isas avx2
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python bench/bench_attention.py --isas avx2
 
-The second limits torch to AVX2 as well: it reads both variables when it is imported. They are printed and recorded.
+The second limits torch and its libraries to AVX2 as well: they read the variables when torch is imported. Those are
+printed and recorded.
 
 All keys are rows (a one-shot causal prefill). With --density the index set has the shape of a trained head's; with
 --budgets it is really selected, on random data. "selection + vertical-slash" is the whole of a sparse prefill:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench_prefill.py or bench_attention.py")
     parser.add_argument("--output", type=Path, required=True, help="the PNG")
+    parser.add_argument("--panels", default="", help="draw only panels whose title matches this regular expression")
     arguments = parser.parse_args()
 
-    drawn = [panel for path in arguments.results for panel in panels(json.loads(path.read_text())).items()]
+    records = [json.loads(path.read_text()) for path in arguments.results]
+    drawn = [panel for record in records for panel in panels(record).items() if re.search(arguments.panels, panel[0])]
+    if not drawn:
+        parser.error(f"--panels must match a title, got {arguments.panels!r}")
     columns = min(2, len(drawn))
     lines = -(-len(drawn) // columns)
     height = 3.4 if len(drawn) > 1 else 3.8
@@ -175,8 +180,8 @@ def main() -> None:
     # Room on the right of every panel for the names of its lines.
     figure.subplots_adjust(
         left=0.66 / figure.get_figwidth(),
-        right=1 - 2.3 / figure.get_figwidth(),
-        wspace=3.1 / (figure.get_figwidth() / columns - 3.0),
+        right=1 - 2.5 / figure.get_figwidth(),
+        wspace=3.3 / (figure.get_figwidth() / columns - 3.0),
         bottom=0.55 / figure.get_figheight(),
         top=1 - 0.4 / figure.get_figheight(),
         hspace=1.0 / height,

@@ -14,7 +14,14 @@ import torch
 from qwen_sparse.testing import machine
 
 RESULTS = Path(__file__).parent / "results"
-ENVIRONMENT = ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "QWEN_SPARSE_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"]
+ENVIRONMENT = [
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "QWEN_SPARSE_CPU_ISA",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+]
 """Variables that choose instruction sets or threads; the first two limit torch and its oneDNN to older ones."""
 
 

@@ -92,16 +92,19 @@ def vertical_slash_mask(vertical_indexes: Tensor, slash_indexes: Tensor, seqlen_
     a - s <= j < a - s + 64 with a = 64 * (p // 64)).
     """
     p, j = _positions(seqlen_q, seqlen_k)
-    block_start = p // BLOCK_M * BLOCK_M
+    block_starts = (p // BLOCK_M * BLOCK_M).flatten()
     masks = []
     for columns, distances in zip(vertical_indexes.tolist(), slash_indexes.tolist(), strict=True):
         attended = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool)
-        for column in columns:
-            if column >= 0:
-                attended |= j == column
-        for distance in distances:
-            if distance >= 0:
-                attended |= (j >= block_start - distance) & (j < block_start - distance + BLOCK_M)
+        for a in block_starts.unique().tolist():  # the rows of a block differ in the causal limit only
+            keys = torch.zeros(seqlen_k, dtype=torch.bool)
+            for column in columns:
+                if column >= 0:
+                    keys[column] = True
+            for distance in distances:
+                if distance >= 0:
+                    keys[max(0, a - distance) : max(0, a - distance + BLOCK_M)] = True
+            attended[block_starts == a] = keys
         masks.append(attended & (j <= p))
     return torch.stack(masks)
 
