@@ -96,7 +96,7 @@ def vertical_slash_mask(vertical_indexes: Tensor, slash_indexes: Tensor, seqlen_
     masks = []
     for columns, distances in zip(vertical_indexes.tolist(), slash_indexes.tolist(), strict=True):
         attended = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool)
-        for a in block_starts.unique().tolist():  # the rows of a block differ in the causal limit only
+        for a in sorted(set(block_starts.tolist())):  # the rows of a block differ in the causal limit only
             keys = torch.zeros(seqlen_k, dtype=torch.bool)
             for column in columns:
                 if column >= 0:
