@@ -1,6 +1,8 @@
 # One object library per CPU instruction set, all from the same sources. The best one is chosen at run time, so a
 # build runs on every CPU of its architecture.
 
+set(QWEN_SPARSE_KERNEL_OPTIMIZATION "-O3" CACHE STRING "Optimization level of the CPU kernels")
+
 set(cpu_kernel_sources
   csrc/cpu/isa/attention.cpp
   csrc/cpu/isa/decode.cpp
@@ -19,7 +21,7 @@ function(add_cpu_isa isa)
   target_compile_definitions(qwen_sparse_cpu_${isa} PRIVATE QWEN_SPARSE_ISA=${isa} ${QWEN_SPARSE_CPU_DEFINITIONS})
   target_compile_options(qwen_sparse_cpu_${isa} PRIVATE
     -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized
-    -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math ${ARGN})
+    ${QWEN_SPARSE_KERNEL_OPTIMIZATION} -ffp-contract=fast -fno-math-errno -fno-trapping-math ${ARGN})
   set(QWEN_SPARSE_CPU_LIBRARIES ${QWEN_SPARSE_CPU_LIBRARIES} qwen_sparse_cpu_${isa} PARENT_SCOPE)
   set(QWEN_SPARSE_CPU_ISAS ${QWEN_SPARSE_CPU_ISAS} ${isa} PARENT_SCOPE)
 endfunction()
