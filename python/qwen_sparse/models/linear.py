@@ -1,7 +1,7 @@
 """Matrix products of the decoder: torch's (oneDNN's), in float32 where the CPU multiplies 16-bit matrices slowly.
 
 CPUs without AMX multiply bfloat16 matrices at half the float32 rate or less: vdpbf16ps issues every other cycle on
-Intel's server cores, and without AVX512_BF16 the product is emulated (``bench/bench_linear.py`` measures it). For
+Intel's server cores, and without AVX512_BF16 the product is emulated (``bench/bench_machine.py`` measures it). For
 the many rows of a prefill chunk it pays to widen activations and weights on the way; sums are float32 either way and
 results are rounded once.
 """
@@ -19,7 +19,7 @@ from .. import _C
 __all__ = ["WIDEN_ROWS", "gated_mlp", "linear", "widened_bytes", "widens"]
 
 WIDEN_ROWS = 256
-"""From so many rows on, widening a weight costs less than it saves (measured: even at about 100)."""
+"""From so many rows on, widening a weight costs less than it saves: by count from about 100, measured at 256."""
 
 _ROW_BLOCK = 2048  # rows widened at a time; weights are widened again for each, which is 2 % of their product
 _PIECE_BYTES = 2**24  # widened weights and results at a time: small enough for malloc to recycle, so no page faults
