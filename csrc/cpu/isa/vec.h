@@ -143,7 +143,7 @@ QWEN_SPARSE_INLINE VecF exp2_normal(VecF x) {
   p = p * f + 2.40222424e-01f;
   p = p * f + 6.93147004e-01f;
   p = p * f + 1.0f;
-  return (VecF)((VecI)p + ((VecI)shifted << 23));  // the integer goes to the exponent, kRound's own bits drop out
+  return (VecF)((VecU)p + ((VecU)shifted << 23));  // the integer goes to the exponent, kRound's own bits drop out
 }
 // 2^x for x <= 0 (and a little above); 0 below the normal range, so 2^-inf = 0.
 QWEN_SPARSE_INLINE VecF exp2_nonpositive(VecF x) { return x < -126.0f ? VecF{} : exp2_normal(x); }
