@@ -30,7 +30,7 @@ sanitize: $(VENV)/.dev
 	  --config-settings=cmake.define.QWEN_SPARSE_CUDA=0 --config-settings=cmake.define.QWEN_SPARSE_KERNEL_OPTIMIZATION=-O1 \
 	  --config-settings=cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/sanitize:$(SANITIZE)/site $(RUN) -m pytest $(SANITIZE_TESTS)
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/sanitize:$(SANITIZE)/site $(RUN) -m pytest -s $(SANITIZE_TESTS)  # -s: reports are not captured
 
 lint: $(VENV)/.dev  # after a build: one check reads its objects
 	$(RUN) -m ruff check .
