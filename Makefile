@@ -45,14 +45,14 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# About ten minutes on two cores. Peers in environments of their own (bench/peers/README.md):
+# About a quarter of an hour on two cores, by the sum of its parts. Peers in environments of their own (bench/peers/README.md):
 # make bench PREFILL_ARGS="--vllm-python ... --openvino-python ..."
 bench: $(VENV)/.dev
 	$(RUN) bench/bench_machine.py --output bench/results/machine_cpu.json
 	$(RUN) bench/bench_attention.py --no-flex --repeats 3 --output bench/results/attention_cpu.json
-	$(RUN) bench/bench_selection.py --output bench/results/selection_cpu.json
-	$(RUN) bench/bench_decode.py --output bench/results/decode_cpu.json
-	$(RUN) bench/bench_prefill.py --layers 8 $(PREFILL_ARGS) --output bench/results/prefill_cpu.json
+	$(RUN) bench/bench_selection.py --seqlens 16384 65536 --output bench/results/selection_cpu.json
+	$(RUN) bench/bench_decode.py --keys 131072 --shapes 14/2/64 28/4/128 4/2/64 --output bench/results/decode_cpu.json
+	$(RUN) bench/bench_prefill.py --layers 8 --seqlens 4096 16384 --repeats 2 $(PREFILL_ARGS) --output bench/results/prefill_cpu.json
 	$(RUN) bench/plot.py bench/results/attention_cpu.json --panels bfloat16 --output bench/results/attention_cpu.png
 	$(RUN) bench/plot.py bench/results/prefill_cpu.json --output bench/results/prefill_cpu.png
 
