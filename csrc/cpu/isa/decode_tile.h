@@ -269,8 +269,8 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity in the row shows in its scores
 }
 
-// Requests the cache line at p, without waiting for it: the hardware's own prefetching does not keep up with rows of one
-// or two lines. Requests are spread over both products, one line per few multiply-adds.
+// Requests the cache line at p, without waiting for it: the hardware's own prefetching does not keep up with rows of
+// one or two lines. Requests are spread over both products, one line per few multiply-adds.
 template <typename C>
 QWEN_SPARSE_INLINE void prefetch(const C* p) {
   __builtin_prefetch(p, 0, 3);
