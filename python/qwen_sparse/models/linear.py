@@ -1,8 +1,9 @@
 """Matrix products of the decoder: torch's (oneDNN's), in float32 where the CPU multiplies 16-bit matrices slowly.
 
-Intel CPUs without AMX multiply bfloat16 matrices at about half the float32 rate (``bench/bench_machine.py``): vdpbf16ps
-issues every other cycle, and CPUs without AVX512_BF16 have no such instruction at all. For the many rows of a prefill chunk it pays to widen activations and weights on the way; sums are float32 either way and
-results are rounded once.
+Intel CPUs without AMX multiply bfloat16 matrices at about half the float32 rate (``bench/bench_machine.py``):
+vdpbf16ps issues every other cycle, and CPUs without AVX512_BF16 have no such instruction at all. For the many rows of
+a prefill chunk it pays to widen activations and weights on the way; sums are float32 either way and results are
+rounded once.
 """
 
 from __future__ import annotations
