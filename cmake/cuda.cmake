@@ -1,10 +1,11 @@
 # CUDA kernels: on when nvcc is found (QWEN_SPARSE_CUDA=auto), required (1) or off (0).
 #
 # The runtime is linked statically and the driver is reached at run time, so the module imports without either.
-# Kernel sources register themselves here per architecture: csrc/cuda/sm80 is compiled to SASS and PTX (for later
-# cards), csrc/cuda/sm90 to sm_90a SASS only.
+# csrc/cuda/smxx (every architecture) and csrc/cuda/sm80 are compiled to sm_80 SASS and to PTX for later cards,
+# csrc/cuda/sm90 to sm_90a SASS only.
 
 set(QWEN_SPARSE_CUDA_LIBRARIES)
+set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/unavailable.cpp)
 set(QWEN_SPARSE_CUDA_VERSION "")
 set(QWEN_SPARSE_CUDA_ARCHS)
 set(QWEN_SPARSE_CUTLASS_VERSION "")
@@ -40,20 +41,20 @@ set(QWEN_SPARSE_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 include(cutlass)
 
 function(add_cuda_arch arch architectures)
-  add_library(qwen_sparse_cuda_${arch} OBJECT ${ARGN})
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${ARGN})
+  if(NOT sources)
+    return()
+  endif()
+  add_library(qwen_sparse_cuda_${arch} OBJECT ${sources})
   set_target_properties(qwen_sparse_cuda_${arch} PROPERTIES CUDA_ARCHITECTURES "${architectures}")
   target_include_directories(qwen_sparse_cuda_${arch} PRIVATE csrc)
+  target_compile_options(qwen_sparse_cuda_${arch} PRIVATE -lineinfo --expt-relaxed-constexpr -Xptxas=-v)
   target_link_libraries(qwen_sparse_cuda_${arch} PRIVATE qwen_sparse_cutlass)
   set(QWEN_SPARSE_CUDA_LIBRARIES ${QWEN_SPARSE_CUDA_LIBRARIES} qwen_sparse_cuda_${arch} PARENT_SCOPE)
   set(QWEN_SPARSE_CUDA_ARCHS ${QWEN_SPARSE_CUDA_ARCHS} ${arch} PARENT_SCOPE)
 endfunction()
 
-file(GLOB sm80_sources CONFIGURE_DEPENDS csrc/cuda/sm80/*/instantiations/*.cu)
-file(GLOB sm90_sources CONFIGURE_DEPENDS csrc/cuda/sm90/*/instantiations/*.cu)
-if(sm80_sources)
-  add_cuda_arch(sm80 "80-real;80-virtual" ${sm80_sources})
-endif()
-if(sm90_sources)
-  add_cuda_arch(sm90 "90a-real" ${sm90_sources})
-endif()
+add_cuda_arch(sm80 "80-real;80-virtual" csrc/cuda/smxx/*.cu csrc/cuda/sm80/*.cu)
+add_cuda_arch(sm90 "90a-real" csrc/cuda/sm90/*.cu)
+set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/backend.cpp)
 message(STATUS "qwen_sparse: CUDA ${QWEN_SPARSE_CUDA_VERSION}, kernels for: ${QWEN_SPARSE_CUDA_ARCHS}")

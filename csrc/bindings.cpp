@@ -1,33 +1,18 @@
-// Registration only: op schemas, their CPU implementations, and the _C module with what is not a tensor op.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Registration only: op schemas and their implementations.
 #include <torch/csrc/stable/library.h>
 
-#include <sstream>
-#include <string>
-
 #include "api/ops.h"
-#include "build_info.h"
-#include "cpu/kernels.h"
 
-namespace py = pybind11;
 namespace api = qwen_sparse::api;
 
-namespace {
+// The simulator (tests/ptxsim) registers the same ops, run by the CUDA kernels, under another name.
+#ifndef QWEN_SPARSE_OP_NAMESPACE
+#define QWEN_SPARSE_OP_NAMESPACE qwen_sparse
+#endif
+#define QWEN_SPARSE_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define QWEN_SPARSE_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
-// A CMake list ("a;b") as a Python list.
-py::list split(const char* text) {
-  py::list parts;
-  std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, ';');) parts.append(part);
-  return parts;
-}
-
-py::object string_or_none(const char* text) { return text[0] == '\0' ? py::object(py::none()) : py::str(text); }
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY(qwen_sparse, m) {
+QWEN_SPARSE_LIBRARY(QWEN_SPARSE_OP_NAMESPACE, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int? window)"
       " -> (Tensor out, Tensor lse)");
@@ -65,7 +50,9 @@ STABLE_TORCH_LIBRARY(qwen_sparse, m) {
       " Tensor? q_inter, int? chunk_len, float softmax_scale, int? window) -> (Tensor out, Tensor lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qwen_sparse, CPU, m) {
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("attention", TORCH_BOX(&api::attention));
   m.impl("vertical_slash_attention", TORCH_BOX(&api::vertical_slash_attention));
   m.impl("dual_chunk_attention", TORCH_BOX(&api::dual_chunk_attention));
@@ -79,26 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(qwen_sparse, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&api::decode_attention));
 }
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Registers torch.ops.qwen_sparse; build and CPU information.";
-  m.def("build_info", [] {
-    py::dict info;
-    info["version"] = QWEN_SPARSE_VERSION;
-    info["compiler"] = QWEN_SPARSE_COMPILER;
-    info["build_type"] = QWEN_SPARSE_BUILD_TYPE;
-    info["torch"] = QWEN_SPARSE_TORCH_VERSION;
-    info["cpu_isas"] = split(QWEN_SPARSE_CPU_ISAS);
-    info["cuda"] = string_or_none(QWEN_SPARSE_CUDA_VERSION);
-    info["cuda_archs"] = split(QWEN_SPARSE_CUDA_ARCHS);
-    info["cutlass"] = string_or_none(QWEN_SPARSE_CUTLASS_VERSION);
-    return info;
-  });
-  m.def("cpu_features", [] {
-    py::dict features;
-    features["isa"] = qwen_sparse::cpu::kernels().isa;
-    features["supported"] = qwen_sparse::cpu::supported_isas();
-    features["fast_matmul"] = qwen_sparse::cpu::fast_matmul_dtypes();
-    return features;
-  });
-  m.def("set_cpu_isa", &qwen_sparse::cpu::set_isa, py::arg("isa"));
-}
+}  // namespace
+
+QWEN_SPARSE_LIBRARY_IMPL(QWEN_SPARSE_OP_NAMESPACE, CPU, m) { implement(m); }
+QWEN_SPARSE_LIBRARY_IMPL(QWEN_SPARSE_OP_NAMESPACE, CUDA, m) { implement(m); }

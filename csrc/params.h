@@ -1,5 +1,6 @@
 // Plain parameter structs that cross from the torch-facing layer (api/) to the kernels (cpu/, cuda/).
-// No torch here. Strides count elements; the last dimension is always contiguous.
+// No torch here. Strides count elements; the last dimension is always contiguous. `workspace` is scratch memory, as much
+// as the backend asks for (backend.h).
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,8 @@ namespace qwen_sparse {
 constexpr int64_t kBlockM = 64;  // rows of a vertical-slash block: part of the definition, not a tuning knob
 constexpr int64_t kNumForcedColumns = 30;
 constexpr int64_t kNumForcedDistances = 100;
-constexpr int64_t kMaxLastQ = 64;                   // voting rows of the selection
-constexpr int64_t kSelectSplit = 4096;              // keys per task of the selection
-constexpr int64_t kSelectPartials = 3 * kMaxLastQ;  // floats of workspace per task
-constexpr int64_t kDecodeSplit = 1024;              // keys per task of decode
-constexpr int64_t kMaxDecodeRows = 64;              // (row, head) pairs of one kv head that a decode task takes
-constexpr int64_t kBiasTable = 64;                  // key positions of half a decode tile
+constexpr int64_t kMaxLastQ = 64;       // voting rows of the selection
+constexpr int64_t kMaxDecodeRows = 64;  // (row, head) pairs of one kv head that a decode task takes
 constexpr int64_t kNoWindow = INT64_MAX / 4;
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt8 };
@@ -53,6 +50,7 @@ struct AttentionParams {
   int64_t window = kNoWindow;  // row p attends j > p - window
   int64_t chunk_len = 0;       // 0: no dual-chunk attention
   float softmax_scale = 1.0f;
+  void* workspace = nullptr;
 };
 
 // Scores of columns and distances from the last rows; top-k follows on the host side.
@@ -63,9 +61,22 @@ struct SelectParams {
   Rows k;                            // [seqlen_k, num_kv_heads, head_dim]
   float* vertical_scores = nullptr;  // [num_heads, seqlen_k]
   float* slash_scores = nullptr;     // [num_heads, seqlen_k], by distance
-  float* workspace = nullptr;        // [num_heads, ceil(seqlen_k / kSelectSplit) + 1, kSelectPartials]
   int64_t chunk_len = 0;
   float softmax_scale = 1.0f;
+  void* workspace = nullptr;
+};
+
+// For each head, the indexes of its `sizes[head]` highest scores, ascending, padded with -1 to `width`. Equal scores go
+// to the lower index; NaN counts as -infinity.
+struct TopIndexesParams {
+  const float* scores = nullptr;  // [num_heads, num_keys]
+  int64_t num_heads = 0;
+  int64_t num_keys = 0;
+  int64_t num_forced = 0;          // the first entries count as infinite
+  const int64_t* sizes = nullptr;  // [num_heads], on the host, not negative
+  int64_t width = 0;               // >= min(size, num_keys) for every size
+  int32_t* indexes = nullptr;      // [num_heads, width]
+  void* workspace = nullptr;
 };
 
 struct RotaryParams {
@@ -129,6 +140,7 @@ struct GatherParams {
   Pages k, v, k_scale, v_scale;
   const int32_t* block_table = nullptr;  // [ceil(num_keys / page_size)]
   int64_t page_size = 0;
+  int64_t num_pages = 0;
   RotatedBias bias;       // positions unused
   int64_t chunk_len = 0;  // keys are rotated at their position modulo this; 0: at their position
   void* k_out = nullptr;  // [num_keys, num_kv_heads, head_dim], rows k_out_stride apart
@@ -139,7 +151,7 @@ struct GatherParams {
 
 struct DecodeParams {
   int64_t batch = 0;
-  AttentionShape shape;                 // seqlen_q rows per sequence; seqlen_k is the longest sequence
+  AttentionShape shape;                 // seqlen_q rows per sequence; seqlen_k: no sequence is longer
   DType dtype = DType::kFloat32;        // of q and out
   DType cache_dtype = DType::kFloat32;  // dtype, or int8
   Rows q_intra, q_succ, q_inter;        // [batch * seqlen_q, num_heads, head_dim]
@@ -148,32 +160,14 @@ struct DecodeParams {
   int64_t block_table_stride = 0;
   const int32_t* seqlens_k = nullptr;  // [batch]
   int64_t page_size = 0;
+  int64_t num_pages = 0;
   RotatedBias bias;
   int64_t chunk_len = 0;
   int64_t window = kNoWindow;
   float softmax_scale = 1.0f;
   void* out = nullptr;         // [batch, seqlen_q, num_heads, head_dim]
   float* lse = nullptr;        // [batch, seqlen_q, num_heads]
-  float* workspace = nullptr;  // [DecodePlan(params).workspace_size()]
-};
-
-// How decode divides its work; shared by the kernel and by whoever allocates its workspace.
-struct DecodePlan {
-  int64_t num_kv_heads, group_size, rows_per_task, row_blocks, num_splits, num_tasks;
-  int64_t floats_per_head;  // m, l, o of each (row, head) pair of one task and kv head
-  int64_t bias_table_size;  // floats, 0 without a bias
-
-  explicit DecodePlan(const DecodeParams& p)
-      : num_kv_heads(p.shape.num_kv_heads),
-        group_size(p.shape.num_heads / p.shape.num_kv_heads),
-        rows_per_task(p.shape.seqlen_q < kMaxDecodeRows / group_size ? p.shape.seqlen_q : kMaxDecodeRows / group_size),
-        row_blocks((p.shape.seqlen_q + rows_per_task - 1) / rows_per_task),
-        num_splits((p.shape.seqlen_k + kDecodeSplit - 1) / kDecodeSplit),
-        num_tasks(p.batch * row_blocks * num_splits),
-        floats_per_head(rows_per_task * group_size * (p.shape.head_dim + 2)),
-        bias_table_size(p.bias.data == nullptr ? 0 : p.shape.head_dim * kBiasTable) {}
-
-  int64_t workspace_size() const { return bias_table_size + num_tasks * num_kv_heads * floats_per_head; }
+  void* workspace = nullptr; 
 };
 
 }  // namespace qwen_sparse

@@ -1,8 +1,5 @@
 // Dense, vertical-slash and dual-chunk prefill attention.
-#include <torch/csrc/stable/ops.h>
-
 #include "api/ops.h"
-#include "cpu/kernels.h"
 
 namespace qwen_sparse::api {
 namespace {
@@ -11,28 +8,25 @@ struct Outputs {
   Tensor out, lse, attended;
 };
 
-Outputs run(AttentionParams& params, const Tensor& q) {
+Outputs run(const Device& device, AttentionParams& params, const Tensor& q) {
   const AttentionShape& shape = params.shape;
-  Outputs outputs{empty_like_rows(q, {shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type()),
-                  empty_like_rows(q, {shape.seqlen_q, shape.num_heads}, ScalarType::Float),
-                  torch::stable::new_zeros(q, {shape.num_heads}, ScalarType::Long)};
+  Outputs outputs{empty(q, {shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type()),
+                  empty(q, {shape.seqlen_q, shape.num_heads}, ScalarType::Float),
+                  zeros(q, {shape.num_heads}, ScalarType::Long)};
   params.out = outputs.out.mutable_data_ptr();
   params.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
   params.attended = static_cast<int64_t*>(outputs.attended.mutable_data_ptr());
-  if (params.sparse) {
-    const cpu::HeadIndexes heads(params);
-    cpu::kernels().attention(params, heads.views());
-  } else {
-    cpu::kernels().attention(params, nullptr);
-  }
+  Workspace workspace(q, device.backend().attention_workspace(params));
+  workspace.attach(params);
+  device.backend().attention(params, device.launch());
   return outputs;
 }
 
 AttentionParams common_params(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor& v,
-                              double softmax_scale) {
+                              double softmax_scale, const Device& device) {
   AttentionParams params;
   params.shape = check_qkv(op, q_name, q, k, &v);
-  params.dtype = check_float_dtype(op, q_name, q);
+  params.dtype = check_attention_dtype(op, q_name, q, device);
   params.q_intra = rows_of(q);
   params.k = rows_of(k);
   params.v = rows_of(v);
@@ -54,10 +48,11 @@ void set_indexes(const char* op, AttentionParams& params, const Tensor& vertical
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                                      bool causal, std::optional<int64_t> window) {
-  AttentionParams params = common_params("attention", "q", q, k, v, softmax_scale);
+  const Device device = check_device("attention", {{"q", q}, {"k", k}, {"v", v}});
+  AttentionParams params = common_params("attention", "q", q, k, v, softmax_scale, device);
   params.causal = causal;
   params.window = check_window("attention", window);
-  Outputs outputs = run(params, q);
+  Outputs outputs = run(device, params, q);
   return {outputs.out, outputs.lse};
 }
 
@@ -65,9 +60,11 @@ std::tuple<Tensor, Tensor, Tensor> vertical_slash_attention(const Tensor& q, con
                                                             const Tensor& vertical_indexes, const Tensor& slash_indexes,
                                                             double softmax_scale) {
   constexpr const char* kOp = "vertical_slash_attention";
-  AttentionParams params = common_params(kOp, "q", q, k, v, softmax_scale);
+  const Device device = check_device(
+      kOp, {{"q", q}, {"k", k}, {"v", v}, {"vertical_indexes", vertical_indexes}, {"slash_indexes", slash_indexes}});
+  AttentionParams params = common_params(kOp, "q", q, k, v, softmax_scale, device);
   set_indexes(kOp, params, vertical_indexes, slash_indexes);
-  Outputs outputs = run(params, q);
+  Outputs outputs = run(device, params, q);
   return {outputs.out, outputs.lse, outputs.attended};
 }
 
@@ -76,7 +73,14 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
                                                         int64_t chunk_len, const OptionalTensor& vertical_indexes,
                                                         const OptionalTensor& slash_indexes, double softmax_scale) {
   constexpr const char* kOp = "dual_chunk_attention";
-  AttentionParams params = common_params(kOp, "q_intra", q_intra, k, v, softmax_scale);
+  const Device device = check_device(kOp, {{"q_intra", q_intra},
+                                            {"q_succ", q_succ},
+                                            {"q_inter", q_inter},
+                                            {"k", k},
+                                            {"v", v},
+                                            {"vertical_indexes", vertical_indexes},
+                                            {"slash_indexes", slash_indexes}});
+  AttentionParams params = common_params(kOp, "q_intra", q_intra, k, v, softmax_scale, device);
   const AttentionShape& shape = params.shape;
   for (const auto& [name, q] : {std::pair{"q_succ", &q_succ}, std::pair{"q_inter", &q_inter}}) {
     check_shape(kOp, name, *q,
@@ -88,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
   params.chunk_len = check_chunk_len(kOp, chunk_len);
   check_together(kOp, "vertical_indexes", vertical_indexes.has_value(), "slash_indexes", slash_indexes.has_value());
   if (vertical_indexes.has_value()) set_indexes(kOp, params, *vertical_indexes, *slash_indexes);
-  Outputs outputs = run(params, q_intra);
+  Outputs outputs = run(device, params, q_intra);
   return {outputs.out, outputs.lse, outputs.attended};
 }
 

@@ -1,7 +1,5 @@
 #include "api/check.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 
 namespace qwen_sparse::api {
@@ -70,7 +68,6 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, std::in
     ++i;
   }
   check(matches, op, name, " must have shape ", expected_shape(dims), ", got ", shape_of(tensor));
-  check(tensor.is_cpu(), op, name, " must be on the same device as the other arguments (cpu)");
   const int64_t last = tensor.dim() - 1;
   check(tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, op, name,
         " must be contiguous in its last dimension, got stride ", tensor.stride(last));
@@ -92,6 +89,13 @@ DType check_float_dtype(const char* op, const char* name, const Tensor& tensor) 
     default:
       fail(op, name, " must have dtype float32, bfloat16 or float16, got ", name_of(tensor.scalar_type()));
   }
+}
+
+DType check_attention_dtype(const char* op, const char* name, const Tensor& tensor, const Device& device) {
+  const DType dtype = check_float_dtype(op, name, tensor);
+  check(dtype != DType::kFloat32 || device.backend().float32_attention, op, name,
+        " must have dtype bfloat16 or float16 on a GPU, got float32");
+  return dtype;
 }
 
 void check_head_dim(const char* op, int64_t head_dim) {
@@ -149,6 +153,7 @@ void check_indexes(const char* op, const char* name, const Tensor& indexes, int6
   check_shape(op, name, indexes, {{"num_heads", num_heads}, {"size"}});
   check_dtype(op, name, indexes, ScalarType::Int);
   check(indexes.is_contiguous(), op, name, " must be contiguous");
+  if (!indexes.is_cpu()) return;
   const auto* data = static_cast<const int32_t*>(indexes.const_data_ptr());
   const int64_t size = indexes.size(1);
   for (int64_t head = 0; head < num_heads; ++head) {
@@ -229,10 +234,6 @@ Rows rows_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.str
 
 Pages pages_of(const Tensor& cache) {
   return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
-}
-
-Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
 }
 
 }  // namespace qwen_sparse::api

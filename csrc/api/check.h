@@ -3,20 +3,17 @@
 // std::invalid_argument reaches Python as ValueError.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "api/device.h"
 #include "params.h"
 
 namespace qwen_sparse::api {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Parts>
@@ -42,11 +39,13 @@ struct Dim {
   int64_t size = kAny;
 };
 
-// Shape, CPU device and a contiguous last dimension.
+// Shape and a contiguous last dimension.
 void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<Dim> dims);
 void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype);
 // float32, bfloat16 or float16
 DType check_float_dtype(const char* op, const char* name, const Tensor& tensor);
+// The same, unless the backend's attention kernels take 16-bit types only.
+DType check_attention_dtype(const char* op, const char* name, const Tensor& tensor, const Device& device);
 void check_head_dim(const char* op, int64_t head_dim);
 // `second` is given iff `first` is.
 void check_together(const char* op, const char* first_name, bool first, const char* second_name, bool second);
@@ -57,6 +56,7 @@ int64_t check_chunk_len(const char* op, int64_t chunk_len);
 int64_t check_window(const char* op, std::optional<int64_t> window);
 float check_softmax_scale(const char* op, double softmax_scale);
 // Strictly increasing indexes in [0, seqlen_k), then -1.
+// Their values are checked on the CPU only.
 void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k);
 
 // float64 [head_dim / 2] and int64 [num_rows]
@@ -76,6 +76,5 @@ void check_scales(const char* op, const Tensor& k_cache, const OptionalTensor& k
 
 Rows rows_of(const Tensor& tensor);
 Pages pages_of(const Tensor& cache);
-Tensor empty_like_rows(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 }  // namespace qwen_sparse::api

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "api/ops.h"
-#include "cpu/kernels.h"
 
 namespace qwen_sparse::api {
 namespace {
@@ -38,8 +37,19 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   constexpr const char* kOp = "decode_attention";
   DecodeParams params;
   AttentionShape& shape = params.shape;
+  const Device device = check_device(kOp, {{"q", q},
+                                            {"k_cache", k_cache},
+                                            {"v_cache", v_cache},
+                                            {"block_table", block_table},
+                                            {"seqlens_k", seqlens_k},
+                                            {"k_scale", k_scale},
+                                            {"v_scale", v_scale},
+                                            {"k_bias", k_bias},
+                                            {"inv_freq", inv_freq},
+                                            {"q_succ", q_succ},
+                                            {"q_inter", q_inter}});
   check_shape(kOp, "q", q, {{"batch"}, {"seqlen_q"}, {"num_heads"}, {"head_dim"}});
-  params.dtype = check_float_dtype(kOp, "q", q);
+  params.dtype = check_attention_dtype(kOp, "q", q, device);
   params.batch = q.size(0);
   shape.seqlen_q = q.size(1);
   shape.num_heads = q.size(2);
@@ -63,6 +73,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   const bool is_int8 = k_cache.scalar_type() == ScalarType::Char;
   params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
   const int64_t num_pages = k_cache.size(0);
+  params.num_pages = num_pages;
   params.page_size = k_cache.size(1);
   shape.num_kv_heads = k_cache.size(2);
   check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0, kOp,
@@ -75,7 +86,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   check_shape(kOp, "seqlens_k", seqlens_k, {{"batch", params.batch}});
   check_dtype(kOp, "seqlens_k", seqlens_k, ScalarType::Int);
   params.block_table_stride = block_table.stride(0);
-  check_pages(kOp, params, block_table, seqlens_k, num_pages);
+  if (device.is_host()) check_pages(kOp, params, block_table, seqlens_k, num_pages);
 
   check_scales(kOp, k_cache, k_scale, v_scale);
   if (is_int8) {
@@ -100,19 +111,24 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   params.v = pages_of(v_cache);
   params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
   params.seqlens_k = static_cast<const int32_t*>(seqlens_k.const_data_ptr());
-  for (int64_t b = 0; b < params.batch; ++b) {
-    shape.seqlen_k = std::max<int64_t>(shape.seqlen_k, params.seqlens_k[b]);
+  if (device.is_host()) {
+    for (int64_t b = 0; b < params.batch; ++b) {
+      shape.seqlen_k = std::max<int64_t>(shape.seqlen_k, params.seqlens_k[b]);
+    }
+  } else {
+    shape.seqlen_k = block_table.size(1) * params.page_size;
   }
   params.window = check_window(kOp, window);
   params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
 
-  Tensor out = empty_like_rows(q, {params.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type());
-  Tensor lse = empty_like_rows(q, {params.batch, shape.seqlen_q, shape.num_heads}, ScalarType::Float);
-  Tensor workspace = empty_like_rows(q, {DecodePlan(params).workspace_size()}, ScalarType::Float);
+  Tensor out = empty(q, {params.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type());
+  Tensor lse = empty(q, {params.batch, shape.seqlen_q, shape.num_heads}, ScalarType::Float);
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  if (out.numel() > 0) cpu::kernels().decode_attention(params);
+  if (out.numel() == 0) return {out, lse};
+  Workspace workspace(q, device.backend().decode_workspace(params));
+  workspace.attach(params);
+  device.backend().decode_attention(params, device.launch());
   return {out, lse};
 }
 

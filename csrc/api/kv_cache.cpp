@@ -1,6 +1,5 @@
 // int8 quantisation of keys and values, and their way out of the pages.
 #include "api/ops.h"
-#include "cpu/kernels.h"
 
 namespace qwen_sparse::api {
 namespace {
@@ -24,21 +23,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Te
                                                        const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                                        double attention_factor) {
   constexpr const char* kOp = "quantize_kv";
+  const Device device = check_device(
+      kOp, {{"k", k}, {"v", v}, {"k_bias", k_bias}, {"positions", positions}, {"inv_freq", inv_freq}});
   QuantizeParams params;
   check_kv(kOp, params, k, v);
   params.dtype = check_float_dtype(kOp, "k", k);
   params.bias = check_bias(kOp, k_bias, &positions, inv_freq, attention_factor, params.num_rows, params.num_kv_heads,
                            params.head_dim);
   const auto values = [&] {
-    return empty_like_rows(k, {params.num_rows, params.num_kv_heads, params.head_dim}, ScalarType::Char);
+    return empty(k, {params.num_rows, params.num_kv_heads, params.head_dim}, ScalarType::Char);
   };
-  const auto scales = [&] { return empty_like_rows(k, {params.num_rows, params.num_kv_heads}, ScalarType::Float); };
+  const auto scales = [&] { return empty(k, {params.num_rows, params.num_kv_heads}, ScalarType::Float); };
   Tensor k_out = values(), v_out = values(), k_scale = scales(), v_scale = scales();
   params.k_out = k_out.mutable_data_ptr();
   params.v_out = v_out.mutable_data_ptr();
   params.k_scale_out = static_cast<float*>(k_scale.mutable_data_ptr());
   params.v_scale_out = static_cast<float*>(v_scale.mutable_data_ptr());
-  cpu::kernels().quantize_kv(params);
+  device.backend().quantize_kv(params, device.launch());
   return {k_out, k_scale, v_out, v_scale};
 }
 
@@ -46,6 +47,13 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
                                          const OptionalTensor& k_bias, const OptionalTensor& positions,
                                          const OptionalTensor& inv_freq, double attention_factor, ScalarType dtype) {
   constexpr const char* kOp = "dequantize_kv";
+  const Device device = check_device(kOp, {{"k", k},
+                                            {"k_scale", k_scale},
+                                            {"v", v},
+                                            {"v_scale", v_scale},
+                                            {"k_bias", k_bias},
+                                            {"positions", positions},
+                                            {"inv_freq", inv_freq}});
   QuantizeParams params;
   check_kv(kOp, params, k, v);
   check_dtype(kOp, "k", k, ScalarType::Char);
@@ -60,13 +68,13 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
   check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp,
         "dtype must be float32, bfloat16 or float16, got ", name_of(dtype));
   const auto values = [&] {
-    return empty_like_rows(k, {params.num_rows, params.num_kv_heads, params.head_dim}, dtype);
+    return empty(k, {params.num_rows, params.num_kv_heads, params.head_dim}, dtype);
   };
   Tensor k_out = values(), v_out = values();
   params.dtype = check_float_dtype(kOp, "dtype", k_out);
   params.k_out = k_out.mutable_data_ptr();
   params.v_out = v_out.mutable_data_ptr();
-  cpu::kernels().dequantize_kv(params);
+  device.backend().dequantize_kv(params, device.launch());
   return {k_out, v_out};
 }
 
@@ -74,6 +82,15 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
                const OptionalTensor& v_scale, const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
                double attention_factor, std::optional<int64_t> chunk_len, Tensor k_out, Tensor v_out) {
   constexpr const char* kOp = "gather_kv";
+  const Device device = check_device(kOp, {{"k_cache", k_cache},
+                                            {"v_cache", v_cache},
+                                            {"block_table", block_table},
+                                            {"k_scale", k_scale},
+                                            {"v_scale", v_scale},
+                                            {"k_bias", k_bias},
+                                            {"inv_freq", inv_freq},
+                                            {"k_out", k_out},
+                                            {"v_out", v_out}});
   GatherParams params;
   check_shape(kOp, "k_out", k_out, {{"n"}, {"num_kv_heads"}, {"head_dim"}});
   params.dtype = check_float_dtype(kOp, "k_out", k_out);
@@ -97,6 +114,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   check(is_int8 || !k_bias.has_value(), kOp, "k_bias must be given for int8 caches only");
   params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
   params.page_size = k_cache.size(1);
+  params.num_pages = k_cache.size(0);
   params.bias = check_bias(kOp, k_bias, nullptr, inv_freq, attention_factor, 0, params.num_kv_heads, params.head_dim);
   if (chunk_len.has_value()) params.chunk_len = check_chunk_len(kOp, *chunk_len);
 
@@ -106,7 +124,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   check(block_table.size(0) >= pages_read, kOp, "block_table must have at least ceil(n / page_size) = ", pages_read,
         " entries, got ", block_table.size(0));
   params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
-  for (int64_t i = 0; i < pages_read; ++i) {
+  for (int64_t i = 0; device.is_host() && i < pages_read; ++i) {
     check(params.block_table[i] >= 0 && params.block_table[i] < k_cache.size(0), kOp,
           "block_table must lie in [0, num_pages = ", k_cache.size(0), "), got ", params.block_table[i], " at [", i,
           "]");
@@ -121,7 +139,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   params.v_out = v_out.mutable_data_ptr();
   params.k_out_stride = k_out.stride(0);
   params.v_out_stride = v_out.stride(0);
-  cpu::kernels().gather_kv(params);
+  device.backend().gather_kv(params, device.launch());
 }
 
 }  // namespace qwen_sparse::api

@@ -1,9 +1,12 @@
 // Rotary embedding, plain and dual-chunk.
 #include "api/ops.h"
-#include "cpu/kernels.h"
 
 namespace qwen_sparse::api {
 namespace {
+
+Device check_rotary_device(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& inv_freq) {
+  return check_device("rotary", {{"q", q}, {"k", k}, {"positions", positions}, {"inv_freq", inv_freq}});
+}
 
 RotaryParams common_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
                            const Tensor& inv_freq, double attention_factor) {
@@ -26,25 +29,27 @@ RotaryParams common_params(const char* op, const Tensor& q, const Tensor& k, con
 }
 
 Tensor output_like(const Tensor& x, int64_t rows) {
-  return empty_like_rows(x, {rows, x.size(1), x.size(2)}, x.scalar_type());
+  return empty(x, {rows, x.size(1), x.size(2)}, x.scalar_type());
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& inv_freq,
                                   double attention_factor) {
+  const Device device = check_rotary_device(q, k, positions, inv_freq);
   RotaryParams params = common_params("rotary", q, k, positions, inv_freq, attention_factor);
   Tensor q_out = output_like(q, params.num_rows);
   Tensor k_out = output_like(k, params.num_rows);
   params.q_out = q_out.mutable_data_ptr();
   params.k_out = k_out.mutable_data_ptr();
-  cpu::kernels().rotary(params);
+  device.backend().rotary(params, device.launch());
   return {q_out, k_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rotary_dual_chunk(
     const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& inv_freq, double attention_factor,
     int64_t chunk_size, int64_t chunk_len, int64_t critical_rows) {
+  const Device device = check_rotary_device(q, k, positions, inv_freq);
   RotaryParams params = common_params("rotary", q, k, positions, inv_freq, attention_factor);
   params.chunk_len = check_chunk_len("rotary", chunk_len);
   check(chunk_size >= chunk_len, "rotary", "chunk_size must be at least chunk_len = ", chunk_len, ", got ", chunk_size);
@@ -63,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rotary_dual_chunk(
   params.q_inter_out = q_inter.mutable_data_ptr();
   params.q_succ_critical_out = q_succ_critical.mutable_data_ptr();
   params.q_inter_critical_out = q_inter_critical.mutable_data_ptr();
-  cpu::kernels().rotary(params);
+  device.backend().rotary(params, device.launch());
   return {q_intra, q_succ, q_inter, k_out, q_succ_critical, q_inter_critical};
 }
 

@@ -1,11 +1,7 @@
 // Selection of vertical and slash indexes: scores by the kernel, then top-k.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "api/ops.h"
-#include "cpu/kernels.h"
-#include "cpu/top_k.h"
 
 namespace qwen_sparse::api {
 namespace {
@@ -29,6 +25,7 @@ void check_sizes(const char* op, const char* name, const std::vector<int64_t>& s
 
 Tensor top_indexes(const Tensor& scores, const std::vector<int64_t>& sizes, int64_t num_forced) {
   constexpr const char* kTopIndexes = "top_indexes";
+  const Device device = check_device(kTopIndexes, {{"scores", scores}});
   check_shape(kTopIndexes, "scores", scores, {{"num_heads"}, {"num_keys"}});
   check_dtype(kTopIndexes, "scores", scores, ScalarType::Float);
   check(scores.is_contiguous(), kTopIndexes, "scores must be contiguous");
@@ -37,9 +34,18 @@ Tensor top_indexes(const Tensor& scores, const std::vector<int64_t>& sizes, int6
   check(num_heads > 0, kTopIndexes, "scores must have at least one head, got shape ", shape_of(scores));
   check_sizes(kTopIndexes, "sizes", sizes, num_heads);
   const int64_t width = std::min(*std::max_element(sizes.begin(), sizes.end()), num_keys);
-  Tensor indexes = empty_like_rows(scores, {num_heads, width}, ScalarType::Int);
-  cpu::top_indexes(static_cast<const float*>(scores.const_data_ptr()), num_heads, num_keys, num_forced, sizes.data(),
-                   width, static_cast<int32_t*>(indexes.mutable_data_ptr()));
+  Tensor indexes = empty(scores, {num_heads, width}, ScalarType::Int);
+  TopIndexesParams params;
+  params.scores = static_cast<const float*>(scores.const_data_ptr());
+  params.num_heads = num_heads;
+  params.num_keys = num_keys;
+  params.num_forced = num_forced;
+  params.sizes = sizes.data();
+  params.width = width;
+  params.indexes = static_cast<int32_t*>(indexes.mutable_data_ptr());
+  Workspace workspace(scores, device.backend().top_indexes_workspace(params));
+  workspace.attach(params);
+  device.backend().top_indexes(params, device.launch());
   return indexes;
 }
 
@@ -48,6 +54,7 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
                                                  const std::vector<int64_t>& slash_size, int64_t last_q,
                                                  double softmax_scale, const OptionalTensor& q_succ,
                                                  const OptionalTensor& q_inter, std::optional<int64_t> chunk_len) {
+  const Device device = check_device(kOp, {{"q", q}, {"k", k}, {"q_succ", q_succ}, {"q_inter", q_inter}});
   SelectParams params;
   params.shape = check_qkv(kOp, "q", q, k, nullptr);
   AttentionShape& shape = params.shape;
@@ -61,7 +68,7 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
   check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
   check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
 
-  params.dtype = check_float_dtype(kOp, "q", q);
+  params.dtype = check_attention_dtype(kOp, "q", q, device);
   params.q_intra = last_rows(q, shape.seqlen_q);
   params.k = rows_of(k);
   params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
@@ -77,14 +84,13 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
     params.q_inter = last_rows(*q_inter, shape.seqlen_q);
   }
 
-  const int64_t num_splits = (shape.seqlen_k + kSelectSplit - 1) / kSelectSplit;
-  Tensor vertical = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor slash = empty_like_rows(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor workspace = empty_like_rows(q, {shape.num_heads, num_splits + 1, kSelectPartials}, ScalarType::Float);
+  Tensor vertical = empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
+  Tensor slash = empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
   params.vertical_scores = static_cast<float*>(vertical.mutable_data_ptr());
   params.slash_scores = static_cast<float*>(slash.mutable_data_ptr());
-  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  cpu::kernels().select_scores(params);
+  Workspace workspace(q, device.backend().select_workspace(params));
+  workspace.attach(params);
+  device.backend().select_scores(params, device.launch());
   return {top_indexes(vertical, vertical_size, kNumForcedColumns), top_indexes(slash, slash_size, kNumForcedDistances)};
 }
 

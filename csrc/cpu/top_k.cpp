@@ -57,16 +57,16 @@ Threshold find_threshold(const uint32_t* scores, int64_t num_scores, int64_t cou
 
 }  // namespace
 
-void top_indexes(const float* scores, int64_t num_heads, int64_t num_keys, int64_t num_forced, const int64_t* sizes,
-                 int64_t width, int32_t* indexes) {
+void top_indexes(const TopIndexesParams& p) {
+  const int64_t num_keys = p.num_keys;
   const auto run_head = [&](int64_t head, std::byte* scratch) {
-    const int64_t count = std::min(sizes[head], num_keys);
-    int32_t* out = indexes + head * width;
-    std::fill(out + count, out + width, -1);
+    const int64_t count = std::min(p.sizes[head], num_keys);
+    int32_t* out = p.indexes + head * p.width;
+    std::fill(out + count, out + p.width, -1);
     if (count == 0) return;
     auto* ordered = reinterpret_cast<uint32_t*>(scratch);
-    for (int64_t i = 0; i < num_keys; ++i) ordered[i] = ordered_bits(scores[head * num_keys + i]);
-    std::fill(ordered, ordered + std::min(num_forced, num_keys), ordered_bits(std::numeric_limits<float>::infinity()));
+    for (int64_t i = 0; i < num_keys; ++i) ordered[i] = ordered_bits(p.scores[head * num_keys + i]);
+    std::fill(ordered, ordered + std::min(p.num_forced, num_keys), ordered_bits(std::numeric_limits<float>::infinity()));
     auto [lowest, num_ties] = find_threshold(ordered, num_keys, count, ordered + num_keys);
     for (int64_t i = 0, taken = 0; taken < count; ++i) {
       out[taken] = static_cast<int32_t>(i);
@@ -74,7 +74,7 @@ void top_indexes(const float* scores, int64_t num_heads, int64_t num_keys, int64
       if (ordered[i] == lowest && --num_ties == 0) ++lowest;
     }
   };
-  parallel_tasks(num_heads, 2 * num_keys * sizeof(uint32_t), run_head);
+  parallel_tasks(p.num_heads, 2 * num_keys * sizeof(uint32_t), run_head);
 }
 
 }  // namespace qwen_sparse::cpu

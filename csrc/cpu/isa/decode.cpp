@@ -6,6 +6,7 @@
 // q . R_{c+t} b = (R_{-c} q) . (R_t b), and the cosines and sines of R_t are made once.
 #include "cpu/isa/decode_tile.h"
 #include "cpu/parallel.h"
+#include "cpu/plans.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
@@ -23,7 +24,7 @@ class DecodeAttention {
 
  public:
   explicit DecodeAttention(const DecodeParams& params)
-      : p_(params), plan_(params), partials_(params.workspace + plan_.bias_table_size) {
+      : p_(params), plan_(params), partials_(static_cast<float*>(params.workspace) + plan_.bias_table_size) {
     if (p_.bias.data == nullptr) return;
     for (int i = 0; i < kHalf; ++i) half_inv_freq_[i] = p_.bias.inv_freq[i] / 2;
   }
@@ -39,9 +40,10 @@ class DecodeAttention {
 
   void bias_table_task(int64_t t) const {
     const Rotation<float> rotation(2 * t + 1, half_inv_freq_, kHalf, p_.bias.attention_factor);
+    auto* table = static_cast<float*>(p_.workspace);
     for (int64_t i = 0; i < kHalf; ++i) {
-      p_.workspace[i * kHalfTile + t] = rotation.cos[i];
-      p_.workspace[(kHalf + i) * kHalfTile + t] = rotation.sin[i];
+      table[i * kHalfTile + t] = rotation.cos[i];
+      table[(kHalf + i) * kHalfTile + t] = rotation.sin[i];
     }
   }
 
@@ -311,7 +313,7 @@ class DecodeAttention {
     for (int64_t r = 0; r < rows; ++r) {
       rotate_row(q.bias + (row + r) * kHeadDim, kHeadDim, backwards, scratch.turned + r * kHeadDim);
     }
-    add_bias<kHeadDim>(rows, scratch.turned, p_.workspace, reinterpret_cast<float*>(scratch.sums), s);
+    add_bias<kHeadDim>(rows, scratch.turned, static_cast<const float*>(p_.workspace), reinterpret_cast<float*>(scratch.sums), s);
   }
 
   const DecodeParams& p_;

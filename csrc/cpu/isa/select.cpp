@@ -11,6 +11,7 @@
 #include "cpu/isa/few_rows.h"
 #include "cpu/isa/lanes.h"
 #include "cpu/parallel.h"
+#include "cpu/plans.h"
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
@@ -169,7 +170,7 @@ class SelectScores {
 
   // [kMaxLastQ], last row first; split == num_splits_ holds what the splits merge to.
   float* partials(int64_t head, int64_t split, Partial which) const {
-    return p_.workspace + (head * (num_splits_ + 1) + split) * kSelectPartials + which * kMaxLastQ;
+    return static_cast<float*>(p_.workspace) + (head * (num_splits_ + 1) + split) * kSelectPartials + which * kMaxLastQ;
   }
 
   const T* key_row(int64_t kv_head, int64_t key) const {

@@ -1,0 +1,3 @@
+#include "cuda/sm80/prefill/instantiate.cuh"
+
+template void qwen_sparse::sm80::prefill::launch<qwen_sparse::cuda::Float16, 128>(const Args&, cudaStream_t);

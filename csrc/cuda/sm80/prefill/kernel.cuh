@@ -1,0 +1,366 @@
+// Prefill attention on Ampere and later: dense, vertical-slash and dual-chunk, in any combination, one online softmax.
+//
+// Grid: one CTA per (128-row tile, head), longest first: the last rows of the prompt come first, heads that share keys
+// are neighbours. The hardware hands CTAs out in this order as others finish, which is what a persistent loop over a
+// work counter would do; without asynchronous copies across tiles (Hopper's TMA) such a loop has nothing to overlap.
+// Warps: 4 x 32 rows; warps 0 and 1 hold the tile's first 64-row block, 2 and 3 the second. A warp skips a key tile that
+// its block does not attend, and masks it only where it is partly attended.
+// Shared memory: Q, one tile of K, one of V. V of a tile arrives during QK^T, K of the next (and Q, at the border of a
+// dual-chunk stage) during softmax and PV. 64 KiB at head_dim 128, so two CTAs share an SM.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "cuda/common/ptx.h"
+#include "cuda/sm80/prefill/key_tiles.cuh"
+
+namespace qwen_sparse::sm80::prefill {
+
+namespace ptx = cuda::ptx;
+
+constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+template <int kHeadDim>
+struct SharedMemory {
+  alignas(128) uint8_t q[kTileRows * kHeadDim * 2];
+  alignas(128) uint8_t k[kTileKeys * kHeadDim * 2];
+  alignas(128) uint8_t v[kTileKeys * kHeadDim * 2];
+  KeyTile tiles[2];
+  // Of a tile of columns: the key's position, or kNever where the block's slashes cover it; by tile parity and block.
+  int32_t column[2][2][kTileKeys];
+  bool any_column[2][kNumWarps];  // by the warp that wrote 32 entries of `column`
+  KeyTiles cursor;
+};
+
+// Byte offset of 16-byte piece `piece` of row `row`: pieces are permuted within 128 bytes so that the eight rows that
+// ldmatrix reads at once lie in different banks.
+template <int kHeadDim>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  return row * kHeadDim * 2 + ((piece ^ (row & 7)) << 4);
+}
+
+template <typename T, int kHeadDim>
+class Cta {
+  static constexpr int kPieces = kHeadDim / 8;            // of 16 bytes in a row
+  static constexpr int kRowsAtOnce = kThreads / kPieces;  // that all threads copy with one instruction each
+  static constexpr int kMTiles = kWarpRows / 16;
+  static constexpr int kKeyTiles8 = kTileKeys / 8;
+  static constexpr int kDimTiles8 = kHeadDim / 8;
+  using Shared = SharedMemory<kHeadDim>;
+
+ public:
+  __device__ Cta(const Args& args, Shared& shared)
+      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
+    const int64_t tile = args.tiles.first + args.tiles.count - 1 - blockIdx.x / p_.shape.num_heads;
+    head_ = static_cast<int>(blockIdx.x % p_.shape.num_heads);
+    kv_head_ = head_ / static_cast<int>(p_.shape.num_heads / p_.shape.num_kv_heads);
+    chunk_ = cuda::floor_div(tile, args.tiles.per_chunk);
+    const int64_t begin = chunk_ * args.tiles.chunk_len + (tile - chunk_ * args.tiles.per_chunk) * kTileRows;
+    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
+    int64_t end = begin + kTileRows;
+    if (end > p_.shape.seqlen_k) end = p_.shape.seqlen_k;
+    if (end > (chunk_ + 1) * args.tiles.chunk_len) end = (chunk_ + 1) * args.tiles.chunk_len;
+    first_ = static_cast<int32_t>(begin);
+    rows_begin_ = static_cast<int32_t>(begin > past ? begin : past);
+    rows_end_ = static_cast<int32_t>(end);
+    block_ = first_ + warp_ / 2 * kBlockRows;
+  }
+
+  __device__ void run() {
+    if (threadIdx.x == 0) {
+      shared_.cursor.start(args_, head_, first_, rows_end_ - 1, chunk_);
+      shared_.tiles[0] = shared_.cursor.next();
+    }
+    __syncthreads();
+    const int32_t warp_first = first_ + warp_ * kWarpRows;
+    const bool has_rows = warp_first < rows_end_ && warp_first + kWarpRows > rows_begin_;
+    if (shared_.tiles[0].count > 0) {
+      copy_q(shared_.tiles[0].stage);
+      copy_rows(p_.k, args_.indexes.column_k, shared_.tiles[0], shared_.k);
+      ptx::commit_copies();
+      locate_columns(0);
+    }
+    for (int parity = 0; shared_.tiles[parity].count > 0; parity ^= 1) {
+      const KeyTile& tile = shared_.tiles[parity];
+      const KeyTile& next = shared_.tiles[parity ^ 1];
+      ptx::wait_copies<0>();
+      __syncthreads();  // K, Q and the columns are here; nobody reads V any more
+      copy_rows(p_.v, args_.indexes.column_v, tile, shared_.v);
+      ptx::commit_copies();
+      if (threadIdx.x == 0) shared_.tiles[parity ^ 1] = shared_.cursor.next();
+      const bool attends = has_rows && block_attends(tile, parity);
+      float s[kMTiles][kKeyTiles8][4];
+      if (attends) multiply_qk(s);
+      ptx::wait_copies<0>();
+      __syncthreads();  // V and the next tile's description are here; nobody reads K and Q any more
+      if (next.count > 0) {
+        if (next.stage != tile.stage) copy_q(next.stage);
+        copy_rows(p_.k, args_.indexes.column_k, next, shared_.k);
+        ptx::commit_copies();
+        locate_columns(parity ^ 1);
+      }
+      if (attends) {
+        if (!is_full(tile)) mask(tile, parity, s);
+        update_softmax(s);
+        multiply_pv(s);
+      }
+    }
+    if (has_rows) store();
+  }
+
+ private:
+  // Rows outside of the call become zeros.
+  __device__ void copy_q(int stage) {
+    const Rows& q = stage == kIntra ? p_.q_intra : stage == kSucc ? p_.q_succ : p_.q_inter;
+    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
+    const int piece = threadIdx.x % kPieces;
+    const T* head = static_cast<const T*>(q.data) + head_ * q.head_stride + piece * 8;
+#pragma unroll 4
+    for (int row = threadIdx.x / kPieces; row < kTileRows; row += kRowsAtOnce) {
+      const int32_t position = first_ + row;
+      const bool inside = position >= rows_begin_ && position < rows_end_;
+      ptx::copy_async_16(ptx::shared_address(shared_.q + swizzled<kHeadDim>(row, piece)),
+                         head + (inside ? position - past : int64_t{0}) * q.row_stride, inside ? 16 : 0);
+    }
+  }
+
+  // A tile of keys or values; rows past its end become zeros, since even with weight 0 a NaN would show.
+  __device__ void copy_rows(const Rows& rows, const void* columns, const KeyTile& tile, uint8_t* to) {
+    const int piece = threadIdx.x % kPieces;
+    const T* base;
+    int64_t stride;
+    if (tile.is_columns) {
+      stride = kHeadDim;
+      base = static_cast<const T*>(columns) + (head_ * p_.num_vertical + tile.first) * stride;
+    } else {
+      stride = rows.row_stride;
+      base = static_cast<const T*>(rows.data) + kv_head_ * rows.head_stride + tile.first * stride;
+    }
+    base += piece * 8;
+#pragma unroll
+    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
+      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
+      const bool inside = row < tile.count;
+      ptx::copy_async_16(ptx::shared_address(to + swizzled<kHeadDim>(row, piece)), base + (inside ? row : 0) * stride,
+                         inside ? 16 : 0);
+    }
+  }
+
+  // Each thread places one column of one block of tile `parity`.
+  __device__ void locate_columns(int parity) {
+    const KeyTile& tile = shared_.tiles[parity];
+    if (!tile.is_columns) return;
+    const int block = threadIdx.x / kTileKeys, i = threadIdx.x % kTileKeys;
+    int32_t position = kNever;
+    if (i < tile.count) {
+      const int32_t column = p_.vertical_indexes[head_ * p_.num_vertical + tile.first + i];
+      const uint32_t* covered = args_.indexes.covered + head_ * args_.indexes.covered_words;
+      const int32_t block_row = first_ + block * kBlockRows;
+      if (!cuda::is_covered(covered, args_.indexes.covered_words, block_row, column)) position = column;
+    }
+    shared_.column[parity][block][i] = position;
+    const bool any = __any_sync(0xffffffffu, position != kNever);
+    if (lane_ == 0) shared_.any_column[parity][warp_] = any;
+  }
+
+  __device__ bool block_attends(const KeyTile& tile, int parity) const {
+    const int b = warp_ / 2;
+    if (tile.is_columns) return shared_.any_column[parity][2 * b] || shared_.any_column[parity][2 * b + 1];
+    const int32_t last_row = first_ + (warp_ + 1) * kWarpRows - 1;
+    return max(tile.first, tile.begin[b]) < min(tile.first + tile.count, tile.end[b]) &&
+           (!p_.causal || max(tile.first, tile.begin[b]) <= last_row);
+  }
+
+  // Every row of the block attends every key of the tile.
+  __device__ bool is_full(const KeyTile& tile) const {
+    const int b = warp_ / 2;
+    const int32_t last = tile.first + kTileKeys - 1;
+    return !tile.is_columns && tile.count == kTileKeys && tile.first >= tile.begin[b] && last < tile.end[b] &&
+           (!p_.causal || last <= block_) && tile.first > int64_t{block_} + kBlockRows - 1 - p_.window;
+  }
+
+  __device__ void multiply_qk(float (&s)[kMTiles][kKeyTiles8][4]) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+      }
+    }
+    const int matrix = lane_ / 8, matrix_row = lane_ % 8;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t q[kMTiles][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        const int row = warp_ * kWarpRows + m * 16 + matrix % 2 * 8 + matrix_row;
+        ptx::load_matrices(ptx::shared_address(shared_.q + swizzled<kHeadDim>(row, 2 * d + matrix / 2)), q[m]);
+      }
+#pragma unroll
+      for (int n = 0; n < kKeyTiles8; n += 2) {
+        uint32_t k[4];
+        const int key = n * 8 + matrix / 2 * 8 + matrix_row;
+        ptx::load_matrices(ptx::shared_address(shared_.k + swizzled<kHeadDim>(key, 2 * d + matrix % 2)), k);
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          ptx::mma<T>(s[m][n], q[m], k[0], k[1]);
+          ptx::mma<T>(s[m][n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  __device__ void mask(const KeyTile& tile, int parity, float (&s)[kMTiles][kKeyTiles8][4]) {
+    const int b = warp_ / 2;
+    const int32_t begin = tile.begin[b], end = min(tile.end[b], tile.first + tile.count);
+#pragma unroll
+    for (int n = 0; n < kKeyTiles8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int i = n * 8 + lane_ % 4 * 2 + e;
+        const int32_t j = tile.first + i;
+        const int32_t key = tile.is_columns ? shared_.column[parity][b][i] : j >= begin && j < end ? j : kNever;
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int32_t row = row_position(m, half);
+            const bool attended = (p_.causal ? key <= row : key != kNever) && key > row - p_.window;
+            if (!attended) s[m][n][2 * half + e] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores to weights, in place; what was summed before is scaled to the new maxima.
+  __device__ void update_softmax(float (&s)[kMTiles][kKeyTiles8][4]) {
+    const float scale = p_.softmax_scale * kLog2E;
+    float shrink[kMTiles][2];
+    bool changed = false;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = max_[m][half];
+#pragma unroll
+        for (int n = 0; n < kKeyTiles8; ++n) highest = fmaxf(highest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const float base = highest == -INFINITY ? 0.0f : highest * scale;
+        shrink[m][half] = ptx::exp2(max_[m][half] * scale - base);
+        changed = changed || max_[m][half] != highest;
+        max_[m][half] = highest;
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float weight = ptx::exp2(s[m][n][2 * half + e] * scale - base);
+            s[m][n][2 * half + e] = weight;
+            sum += weight;
+          }
+        }
+        sum_[m][half] = sum_[m][half] * shrink[m][half] + sum;
+      }
+    }
+    if (!__any_sync(0xffffffffu, changed)) return;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int d = 0; d < kDimTiles8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[m][d][i] *= shrink[m][i / 2];
+      }
+    }
+  }
+
+  __device__ void multiply_pv(const float (&s)[kMTiles][kKeyTiles8][4]) {
+    const int matrix = lane_ / 8, matrix_row = lane_ % 8;
+#pragma unroll
+    for (int j = 0; j < kTileKeys / 16; ++j) {
+      uint32_t weights[kMTiles][4];  // two 8-key accumulators lie in registers as one 16-key operand does
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        weights[m][0] = cuda::pack<T>(s[m][2 * j][0], s[m][2 * j][1]);
+        weights[m][1] = cuda::pack<T>(s[m][2 * j][2], s[m][2 * j][3]);
+        weights[m][2] = cuda::pack<T>(s[m][2 * j + 1][0], s[m][2 * j + 1][1]);
+        weights[m][3] = cuda::pack<T>(s[m][2 * j + 1][2], s[m][2 * j + 1][3]);
+      }
+#pragma unroll
+      for (int d = 0; d < kDimTiles8; d += 2) {
+        uint32_t v[4];
+        const int key = j * 16 + matrix % 2 * 8 + matrix_row;
+        ptx::load_matrices_transposed(ptx::shared_address(shared_.v + swizzled<kHeadDim>(key, d + matrix / 2)), v);
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          ptx::mma<T>(out_[m][d], weights[m], v[0], v[1]);
+          ptx::mma<T>(out_[m][d + 1], weights[m], v[2], v[3]);
+        }
+      }
+    }
+  }
+
+  // Through the warp's own rows of shared Q, which nobody reads any more, so that 16 bytes are written at once.
+  __device__ void store() {
+    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = sum_[m][half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const float factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const int row = warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
+#pragma unroll
+        for (int d = 0; d < kDimTiles8; ++d) {
+          *reinterpret_cast<uint32_t*>(shared_.q + swizzled<kHeadDim>(row, d) + lane_ % 4 * 4) =
+              cuda::pack<T>(out_[m][d][2 * half] * factor, out_[m][d][2 * half + 1] * factor);
+        }
+        const int32_t position = row_position(m, half);
+        if (lane_ % 4 == 0 && position >= rows_begin_ && position < rows_end_) {
+          p_.lse[(position - past) * p_.shape.num_heads + head_] =
+              sum > 0.0f ? max_[m][half] * p_.softmax_scale + logf(sum) : -INFINITY;
+        }
+      }
+    }
+    __syncwarp();
+    for (int i = lane_; i < kWarpRows * kPieces; i += 32) {
+      const int row = warp_ * kWarpRows + i / kPieces, piece = i % kPieces;
+      const int32_t position = first_ + row;
+      if (position < rows_begin_ || position >= rows_end_) continue;
+      T* out = static_cast<T*>(p_.out) + ((position - past) * p_.shape.num_heads + head_) * kHeadDim + piece * 8;
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(shared_.q + swizzled<kHeadDim>(row, piece));
+    }
+  }
+
+  __device__ int32_t row_position(int m, int half) const {
+    return first_ + warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
+  }
+
+  const Args& args_;
+  const AttentionParams& p_;
+  Shared& shared_;
+  const int lane_, warp_;
+  int head_, kv_head_;
+  int64_t chunk_;
+  int32_t first_;                  // position of the row tile's first row
+  int32_t rows_begin_, rows_end_;  // its rows that belong to the call
+  int32_t block_;                  // first row of this warp's 64-row block
+  float out_[kMTiles][kDimTiles8][4] = {};
+  float max_[kMTiles][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+  float sum_[kMTiles][2] = {};
+};
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) attention_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  Cta<T, kHeadDim>(args, *reinterpret_cast<SharedMemory<kHeadDim>*>(memory)).run();
+}
+
+}  // namespace qwen_sparse::sm80::prefill

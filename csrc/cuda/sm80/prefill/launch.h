@@ -1,0 +1,12 @@
+// Host side of the Ampere prefill kernel.
+#pragma once
+
+#include "cuda/sm80/prefill/config.h"
+
+namespace qwen_sparse::sm80::prefill {
+
+// Defined for the types and head sizes of instantiations/.
+template <typename T, int kHeadDim>
+void launch(const Args& args, cudaStream_t stream);
+
+}  // namespace qwen_sparse::sm80::prefill
