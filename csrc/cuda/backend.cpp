@@ -9,8 +9,17 @@ const Backend* backend() {
   static const Backend table{
       /*float32_attention=*/false,
       sm80::attention_workspace,
-      nullptr, nullptr, nullptr,
+      sm80::select_workspace,
+      smxx::top_indexes_workspace,
+      sm80::decode_workspace,
       sm80::attention,
+      sm80::select_scores,
+      smxx::top_indexes,
+      smxx::rotary,
+      smxx::quantize_kv,
+      smxx::dequantize_kv,
+      smxx::gather_kv,
+      sm80::decode_attention,
   };
   return &table;
 }

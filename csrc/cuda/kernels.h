@@ -6,9 +6,22 @@
 
 namespace qwen_sparse {
 
+namespace smxx {
+int64_t top_indexes_workspace(const TopIndexesParams& p);
+void top_indexes(const TopIndexesParams& p, Launch launch);
+void rotary(const RotaryParams& p, Launch launch);
+void quantize_kv(const QuantizeParams& p, Launch launch);
+void dequantize_kv(const QuantizeParams& p, Launch launch);
+void gather_kv(const GatherParams& p, Launch launch);
+}  // namespace smxx
+
 namespace sm80 {
 int64_t attention_workspace(const AttentionParams& p);
 void attention(const AttentionParams& p, Launch launch);
+int64_t select_workspace(const SelectParams& p);
+void select_scores(const SelectParams& p, Launch launch);
+int64_t decode_workspace(const DecodeParams& p);
+void decode_attention(const DecodeParams& p, Launch launch);
 }  // namespace sm80
 
 }  // namespace qwen_sparse
