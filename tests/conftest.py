@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from qwen_sparse import _C
+from qwen_sparse import _C, ops
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -150,3 +150,62 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_isa(request.param)
     yield request.param
     _C.set_cpu_isa("")
+
+
+GPU_KERNELS = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("ptxsim", marks=pytest.mark.ptxsim)]
+
+
+@pytest.fixture(params=[*_C.cpu_features()["supported"], *GPU_KERNELS])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once with the kernels of each instruction set that this CPU has, on a GPU if there is one, and with
+    the CUDA kernels in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors whichever runs.
+    """
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        monkeypatch.setattr(ops, "_ops", MovedOps(torch.ops.qwen_sparse, torch.device("cuda")))
+        yield request.param
+    elif request.param == "ptxsim":
+        import simulated
+
+        if reason := simulated.unavailable():
+            pytest.skip(reason)
+        monkeypatch.setattr(ops, "_ops", MovedOps(simulated.load(), torch.device("cpu")))
+        yield request.param
+        simulated.reset()
+    else:
+        _C.set_cpu_isa(request.param)
+        yield request.param
+        _C.set_cpu_isa("")
+
+
+class MovedOps:
+    """Stands for ``torch.ops.qwen_sparse``: arguments are moved to a device with their strides, results back."""
+
+    def __init__(self, namespace: Any, device: torch.device) -> None:
+        self.namespace, self.device = namespace, device
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self.namespace, name)
+        schema = getattr(torch.ops.qwen_sparse, name).default._schema
+
+        def call(*arguments: Any) -> Any:
+            if any(word in name for word in ("attention", "select")) and arguments[0].dtype == torch.float32:
+                pytest.skip("attention of float32 is for CPUs")
+            moved = [self.move(argument) for argument in arguments]
+            result = op(*moved)
+            for declared, before, after in zip(schema.arguments, arguments, moved, strict=False):
+                if declared.is_write and before is not after:
+                    before.copy_(after)
+            if isinstance(result, Tensor):
+                return result.cpu()
+            return None if result is None else type(result)(part.cpu() for part in result)
+
+        return call
+
+    def move(self, argument: Any) -> Any:
+        if not isinstance(argument, Tensor) or argument.device == self.device:
+            return argument
+        return torch.empty_strided(
+            argument.shape, argument.stride(), dtype=argument.dtype, device=self.device
+        ).copy_(argument)

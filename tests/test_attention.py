@@ -74,7 +74,7 @@ DENSE = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DENSE, ids=str)
-def test_dense(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_dense(case: Case, dtype: torch.dtype, kernels: str) -> None:
     check("attention", case.qkv(dtype), **case.options)
 
 
@@ -111,7 +111,7 @@ SPARSE = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPARSE, ids=str)
-def test_vertical_slash(case: SparseCase, dtype: torch.dtype, isa: str) -> None:
+def test_vertical_slash(case: SparseCase, dtype: torch.dtype, kernels: str) -> None:
     check("vertical_slash_attention", (*case.qkv(dtype), *case.indexes()))
 
 
@@ -135,13 +135,13 @@ def test_vertical_slash_mask_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["vertical_slash_attention", "dual_chunk_attention"])
-def test_attended_pairs_are_counted(name: str, isa: str) -> None:
-    q, k, v = random_qkv(150, 700, 3, 3, 64, torch.float32)
+def test_attended_pairs_are_counted(name: str, kernels: str) -> None:
+    q, k, v = random_qkv(150, 700, 3, 3, 64, torch.bfloat16)
     columns, slashes = random_indexes(3, 700, [40, 0, 9]), random_indexes(3, 700, [10, 3, 0])
     if name == "vertical_slash_attention":
-        attended = torch.ops.qwen_sparse.vertical_slash_attention(q, k, v, columns, slashes, 0.125)[2]
+        attended = ops._ops.vertical_slash_attention(q, k, v, columns, slashes, 0.125)[2]
     else:
-        attended = torch.ops.qwen_sparse.dual_chunk_attention(q, q, q, k, v, 192, columns, slashes, 0.125)[2]
+        attended = ops._ops.dual_chunk_attention(q, q, q, k, v, 192, columns, slashes, 0.125)[2]
     mask = reference.vertical_slash_mask(columns, slashes, 150, 700)
     assert attended.tolist() == mask.sum(dim=(1, 2)).tolist()
 
@@ -162,7 +162,7 @@ DUAL_CHUNK = [
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DUAL_CHUNK, ids=str)
-def test_dual_chunk(case: SparseCase, dtype: torch.dtype, sparse: bool, isa: str) -> None:
+def test_dual_chunk(case: SparseCase, dtype: torch.dtype, sparse: bool, kernels: str) -> None:
     q_intra, k, v = case.qkv(dtype)
     q_succ, q_inter = (torch.randn_like(q_intra) for _ in range(2))
     indexes = dict(zip(("vertical_indexes", "slash_indexes"), case.indexes(), strict=True)) if sparse else {}
@@ -176,8 +176,8 @@ def test_dual_chunk_equals_plain_within_one_chunk() -> None:
     assert torch.equal(out, ops.attention(q, k, v))
 
 
-def test_rows_without_keys_are_zero(isa: str) -> None:
-    q, k, v = random_qkv(64, 256, 1, 1, 64, torch.float32)
+def test_rows_without_keys_are_zero(kernels: str) -> None:
+    q, k, v = random_qkv(64, 256, 1, 1, 64, torch.bfloat16)
     nothing = torch.full((1, 4), -1, dtype=torch.int32)
     out, lse = ops.vertical_slash_attention(q, k, v, nothing, nothing, return_lse=True)
     assert torch.equal(out, torch.zeros_like(out))
@@ -193,9 +193,9 @@ def test_no_rows_and_no_keys() -> None:
     assert (lse == -math.inf).all()
 
 
-def test_strided_inputs(isa: str) -> None:
+def test_strided_inputs(kernels: str) -> None:
     """Views of a fused projection and transposed (HND) storage give the same result as contiguous copies."""
-    fused = torch.randn(100, 6, 64)
+    fused = torch.randn(100, 6, 64, dtype=torch.bfloat16)
     q, k, v = fused[:, :4], fused[:, 4:5], fused[:, 5:6]
     expected = ops.attention(q.contiguous(), k.contiguous(), v.contiguous())
     assert torch.equal(ops.attention(q, k, v), expected)
@@ -203,7 +203,7 @@ def test_strided_inputs(isa: str) -> None:
     assert torch.equal(ops.attention(*transposed), expected)
 
 
-def test_offsets_beyond_32_bits(isa: str) -> None:
+def test_offsets_beyond_32_bits(kernels: str) -> None:
     """Rows a billion elements apart; the memory between them is reserved and never touched."""
     q, k, v = random_qkv(4, 4, 2, 1, 64, torch.bfloat16)
     storage = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
@@ -214,8 +214,8 @@ def test_offsets_beyond_32_bits(isa: str) -> None:
     assert torch.equal(ops.vertical_slash_attention(q, far_k, v, diagonals, diagonals), expected)
 
 
-def test_large_scores_do_not_overflow(isa: str) -> None:
-    q, k, v = random_qkv(70, 300, 2, 1, 64, torch.float32)
+def test_large_scores_do_not_overflow(kernels: str) -> None:
+    q, k, v = random_qkv(70, 300, 2, 1, 64, torch.bfloat16)
     check("attention", (q * 100, k * 100, v))
 
 
@@ -231,9 +231,9 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_values_do_not_leak_through_masked_keys(isa: str) -> None:
+def test_values_do_not_leak_through_masked_keys(kernels: str) -> None:
     """A NaN or infinity in keys and values that a row does not attend must not reach it."""
-    q, k, v = random_qkv(100, 100, 1, 1, 64, torch.float32)
+    q, k, v = random_qkv(100, 100, 1, 1, 64, torch.bfloat16)
     expected = ops.attention(q[:50], k[:50], v[:50])
     k[50:], v[50:] = math.nan, math.inf
     columns = torch.arange(50, dtype=torch.int32)[None]

@@ -187,8 +187,8 @@ def test_hub_id_with_hub(write_checkpoint: WriteCheckpoint, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "cuda"}, "device must be 'auto' or 'cpu': this build has no CUDA kernels, got 'cuda'"),
-        ({"device": "mps"}, "device must be 'auto' or 'cpu', got 'mps'"),
+        ({"device": "cuda:99"}, "no CUDA kernels, got 'cuda:99'|no CUDA device, got 'cuda:99'|devices, got 'cuda:99'"),
+        ({"device": "mps"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'mps'"),
         ({"dtype": "int4"}, "dtype must be one of"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be 'auto', 'bfloat16' or 'int8', got 'fp8'"),
         ({"kv_cache_dtype": "bfloat16"}, "needs a model in bfloat16.*got dtype float32"),

@@ -152,21 +152,21 @@ def test_too_long_for_the_model(model: Qwen2Model) -> None:
 def test_too_long_for_the_memory(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(Qwen2Model, "forward", lambda *args, **kwargs: calls.append(args))
-    monkeypatch.setattr(MODULE, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(MODULE, "available_memory", lambda _: 10**6)
     with pytest.raises(
         MemoryError, match=r"300 tokens is estimated to need .* 1\.00 MB are available; estimate for all"
     ):
         prefill(model, random_ids(300))
     assert not calls
     needed = kv_cache_bytes(model.config, 300, torch.float32)
-    monkeypatch.setattr(MODULE, "available_memory", lambda: 2 * needed)
+    monkeypatch.setattr(MODULE, "available_memory", lambda _: 2 * needed)
     with pytest.raises(MemoryError):  # the logits of every row do not fit beside the cache
         prefill(model, random_ids(300), logits="all")
 
 
 def test_reserved_pages_are_not_counted_again(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.new_cache(capacity=50_000)
-    monkeypatch.setattr(MODULE, "available_memory", lambda: cache.nbytes // 2)
+    monkeypatch.setattr(MODULE, "available_memory", lambda _: cache.nbytes // 2)
     ids = random_ids(50_000)
     MODULE.check_request(model, 50_000, cache=cache, chunk_tokens=128)
     with pytest.raises(MemoryError):

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import _C
 from .config import ModelConfig, parse_dtype, read_json
 from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights
 
@@ -38,7 +39,8 @@ def load_model(
     Args:
         path: directory with config.json and safetensors (one file, or shards with their index), or a hub id
             ("Qwen/Qwen2.5-7B-Instruct-1M"; needs the package huggingface_hub).
-        device: "auto" or "cpu"; this build has no CUDA kernels.
+        device: "cpu", "cuda" or "cuda:N" (compute capability 8.0 or newer, 16-bit dtypes); "auto" is the current
+            CUDA device if there is one, this build has CUDA kernels and the dtype is not float32; else the CPU.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
         kv_cache_dtype: "auto" (the model's dtype), "bfloat16" or "int8".
         max_seq_len: most tokens of a sequence. None: no limit but memory for models with Dual Chunk
@@ -55,10 +57,12 @@ def load_model(
         >>> model = load_model("Qwen/Qwen2.5-7B-Instruct-1M", kv_cache_dtype="int8")
         >>> result = prefill(model, model.tokenizer.encode("Hello"))
     """
-    resolved_device = _resolve_device(device)
     directory = resolve_directory(path)
     config = ModelConfig.from_directory(directory)
     resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
+    resolved_device = _resolve_device(device, resolved_dtype)
+    if resolved_device.type == "cuda" and resolved_dtype == torch.float32:
+        raise ValueError("dtype must be 'bfloat16' or 'float16' on a GPU, got 'float32'")
     if max_seq_len is None and config.dual_chunk is None:
         max_seq_len = config.max_position_embeddings
     model = Qwen2Model(  # no weights yet: every argument is checked before they are read
@@ -111,13 +115,27 @@ def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) 
         raise FileNotFoundError(f"no model directory at {path}, and the hub did not give it: {reason}") from error
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
-    name = "cpu" if device == "auto" else str(device)
-    if name.startswith("cuda"):
+def _resolve_device(device: str | torch.device, dtype: torch.dtype) -> torch.device:
+    built = bool(_C.build_info()["cuda_archs"])
+    if device == "auto":
+        device = "cuda" if built and dtype != torch.float32 and torch.cuda.is_available() else "cpu"
+    name = str(device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not built:
         raise ValueError(f"device must be 'auto' or 'cpu': this build has no CUDA kernels, got {name!r}")
-    if name != "cpu":
-        raise ValueError(f"device must be 'auto' or 'cpu', got {name!r}")
-    return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"device must be 'auto' or 'cpu': torch finds no CUDA device, got {name!r}")
+    index = torch.device(name).index
+    resolved = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if resolved.index >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of {torch.cuda.device_count()} CUDA devices, got {name!r}")
+    capability = torch.cuda.get_device_capability(resolved)
+    if capability < (8, 0):
+        raise ValueError(f"device must have compute capability 8.0 or newer, got {name!r} of {capability}")
+    return resolved
 
 
 def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:

@@ -20,6 +20,7 @@ __all__ = [
     "estimate_memory",
     "format_bytes",
     "kv_cache_bytes",
+    "peak_allocated_memory",
     "peak_resident_memory",
     "resident_memory",
     "weight_elements",
@@ -86,6 +87,7 @@ def estimate_memory(
     kv_cache_dtype: str = "auto",
     dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    device: torch.device | str | None = None,
 ) -> MemoryEstimate:
     """Memory that serving ``batch`` sequences of ``seqlen`` tokens takes, prefilled one after the other.
 
@@ -112,6 +114,7 @@ def estimate_memory(
         kv_cache_dtype: "auto", "bfloat16" or "int8".
         dtype: of weights and activations; the checkpoint's when None.
         chunk_tokens: rows per prefill chunk; 16384 when None.
+        device: where the model runs; the CPU when None.
 
     Raises:
         ValueError: a size below 1 or an unknown ``kv_cache_dtype``.
@@ -126,7 +129,7 @@ def estimate_memory(
     rotations = 3 * heads + kv_heads if config.dual_chunk else heads + kv_heads
     attention = (heads + 2 * kv_heads + rotations + heads) * head_dim * item + 4 * heads
     rows = min(chunk_tokens, seqlen)
-    wide = rows >= WIDEN_ROWS and widens(dtype, torch.device("cpu"))
+    wide = rows >= WIDEN_ROWS and widens(dtype, torch.device("cpu" if device is None else device))
     mlp = (heads * head_dim + config.hidden_size + (0 if wide else 2 * config.intermediate_size)) * item
     row = 2 * config.hidden_size * item + max(attention, mlp)
     workspace = 0
@@ -144,11 +147,15 @@ def estimate_memory(
     )
 
 
-def available_memory() -> int | None:
-    """Bytes this process can still take: ``MemAvailable``, or what its control group leaves if that is less.
+def available_memory(device: torch.device | None = None) -> int | None:
+    """Bytes this process can still take on a device; the CPU when None.
 
-    None where the system does not say (no /proc); callers then skip the check.
+    CPU: ``MemAvailable``, or what its control group leaves if that is less; None where the system does not say (no
+    /proc), and callers then skip the check. CUDA: what the driver has left and what torch holds unused.
     """
+    if device is not None and device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
@@ -172,6 +179,11 @@ def resident_memory() -> int | None:
     except OSError:
         return None
     return int(pages) * resource.getpagesize()
+
+
+def peak_allocated_memory(device: torch.device) -> int:
+    """Largest memory of a CUDA device that torch had given to tensors at once since the last reset, bytes."""
+    return torch.cuda.max_memory_allocated(device)
 
 
 def peak_resident_memory() -> int:

@@ -22,9 +22,11 @@ from .memory import (
     estimate_memory,
     format_bytes,
     kv_cache_bytes,
+    peak_allocated_memory,
     peak_resident_memory,
 )
-from .models.qwen2 import DECODE_ROWS, ForwardStats, Phase, Qwen2Model
+from .models.qwen2 import DECODE_ROWS, Qwen2Model
+from .models.stats import ForwardStats, Phase
 
 __all__ = ["PrefillResult", "PrefillStats", "check_request", "prefill", "token_tensor"]
 
@@ -45,7 +47,8 @@ class PrefillStats:
     """Attended pairs over causal pairs of the same rows, mean over layers and heads; 1 when dense."""
     peak_memory: int
     """Largest resident memory of the process during the call, bytes: exact when the call set a new record for
-    the process, else the largest value seen at the fullest points of every layer."""
+    the process, else the largest value seen at the fullest points of every layer. On a GPU, the largest memory
+    that tensors took there."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,11 +106,14 @@ def prefill(
     total = cached + tokens.shape[0]
     check_request(model, tokens.shape[0], cache=cache, chunk_tokens=chunk_tokens, all_logits=logits == "all")
 
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
     began, record = time.perf_counter(), peak_resident_memory()
     cache = model.new_cache() if cache is None else cache
     cache.reserve(total)
     sparse = model.prefills_sparse(total) and not (cached and tokens.shape[0] <= DECODE_ROWS)
-    stats = ForwardStats(sampling=True)
+    stats = ForwardStats(model.device, sampling=True)
     outputs = []
     ends = chunk_ends(cached, total, chunk_tokens)
     try:
@@ -127,7 +133,10 @@ def prefill(
     finally:
         cache.release_workspace()
 
+    stats.finish()
     peak = peak_resident_memory()
+    if on_gpu:
+        peak, record = peak_allocated_memory(model.device), 0
     return PrefillResult(
         # A copy made outside inference mode: callers may change it in place.
         logits=torch.cat(outputs) if logits == "all" else outputs[-1].clone(),
@@ -216,7 +225,7 @@ def check_request(
     if model.max_seq_len is not None and total > model.max_seq_len:
         parts = f"{cached} cached + {num_tokens} prompt + {max_new_tokens} new = {total}"
         raise ValueError(f"the sequence must have at most max_seq_len = {model.max_seq_len} tokens, got {parts}")
-    available = available_memory()
+    available = available_memory(model.device)
     if available is None:
         return
     storage = resolve_kv_cache_dtype(model.kv_cache_dtype, model.dtype) if cache is None else cache.storage_dtype
@@ -226,6 +235,7 @@ def check_request(
         kv_cache_dtype="int8" if storage == torch.int8 else "auto",
         dtype=model.dtype,
         chunk_tokens=min(chunk_tokens, num_tokens),
+        device=model.device,
     )
     reserved = 0 if cache is None else kv_cache_bytes(model.config, cache.capacity, storage)
     needed = estimate.total - estimate.weights - min(reserved, estimate.kv_cache)

@@ -26,18 +26,19 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // [ldmatrix] Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane l
-// receives, of each matrix, the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
-__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]) {
+// receives, of each matrix, the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4. `offset` is a constant: part of the
+// instruction once the caller's loop is unrolled.
+__device__ __forceinline__ void load_matrices(uint32_t address, int offset, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
+               : "r"(address + offset));
 }
 
 // The same of the transposed matrices.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t address, uint32_t (&r)[4]) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t address, int offset, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
+               : "r"(address + offset));
 }
 
 // [mma] c [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, the lane holds

@@ -15,9 +15,8 @@ Which attention runs:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -29,20 +28,19 @@ from torch import Tensor
 from .. import ops, rope
 from ..config import ModelConfig
 from ..kv_cache import KVRotation, PagedKVCache, resolve_kv_cache_dtype
-from ..memory import resident_memory
 from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
+from .stats import ForwardStats
 
-__all__ = ["AttentionMode", "ForwardStats", "LayerWeights", "Output", "Phase", "Qwen2Model", "Qwen2Weights"]
+__all__ = ["AttentionMode", "LayerWeights", "Output", "Qwen2Model", "Qwen2Weights"]
 
 DECODE_ROWS = 16
 """Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
 
-_NORM_ROWS = 256  # rows normalised at a time: float32 temporaries stay in the L2 cache
+_NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 Output = Literal["all", "last", "none"]
-Phase = Literal["linear", "selection", "attention", "cache"]
 
 _ops = torch.ops.qwen_sparse
 
@@ -82,39 +80,6 @@ class Qwen2Weights:
         tensors = [self.embedding, self.norm, self.lm_head]
         tensors += [tensor for layer in self.layers for tensor in vars(layer).values() if tensor is not None]
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-
-
-@dataclass
-class ForwardStats:
-    """What forward passes cost; counts add up over layers, heads and prefill chunks."""
-
-    seconds: dict[Phase, float] = field(
-        default_factory=lambda: {"linear": 0.0, "selection": 0.0, "attention": 0.0, "cache": 0.0}
-    )
-    attended_pairs: int = 0
-    """(row, key) pairs that attention computed."""
-    causal_pairs: int = 0
-    """All causal pairs of the same rows."""
-    peak_memory: int = 0
-    """Largest resident memory of the process seen at a layer's fullest points, bytes."""
-    sampling: bool = False
-    """Whether to look at the resident memory at all."""
-    _mark: float = field(default=0.0, repr=False)
-
-    def start(self) -> None:
-        """Start the clock."""
-        self._mark = time.perf_counter()
-
-    def lap(self, phase: Phase) -> None:
-        """Book the time since the last lap (or start) under ``phase``."""
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._mark
-        self._mark = now
-
-    def sample_memory(self) -> None:
-        """Take the resident memory into ``peak_memory``."""
-        if self.sampling:
-            self.peak_memory = max(self.peak_memory, resident_memory() or 0)
 
 
 @dataclass(frozen=True)
@@ -292,7 +257,7 @@ class Qwen2Model:
         Returns:
             float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none".
         """
-        stats = ForwardStats() if stats is None else stats
+        stats = ForwardStats(self.device) if stats is None else stats
         stats.start()
         num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
         end = cache.seqlen + num_rows
@@ -362,23 +327,22 @@ class Qwen2Model:
     def _attend(self, layer: int, q: _Rotated, rows: int, step: _Step) -> Tensor:
         """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
         stats, pairs = step.stats, step.causal_pairs(rows) * self.config.num_heads
-        stats.causal_pairs += pairs
         if step.sparse:
             out, attended = self._attend_sparse(layer, q, rows, step)
-            stats.attended_pairs += attended
+            stats.count(attended, pairs)
         elif rows <= DECODE_ROWS:
             out = self._attend_pages(layer, q.last(rows), step)
-            stats.attended_pairs += pairs
+            stats.count(pairs, pairs)
         else:
             k, v = step.cache.workspace(layer, step.end)
             stats.lap("cache")
             out = _dense(q.last(rows), k, v, step.scale)
-            stats.attended_pairs += pairs
+            stats.count(pairs, pairs)
         stats.lap("attention")
         return out
 
-    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, step: _Step) -> tuple[Tensor, int]:
-        """Vertical-slash attention with freshly chosen indexes, and how many pairs it attended."""
+    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, step: _Step) -> tuple[Tensor, Tensor]:
+        """Vertical-slash attention with freshly chosen indexes, and how many pairs each head attended."""
         sparse = self.config.sparse
         if sparse is None:
             raise ValueError("forward: sparse needs budgets, and this model has none")
@@ -404,7 +368,7 @@ class Qwen2Model:
             out, _, attended = _ops.dual_chunk_attention(
                 q.q, q.q_succ, q.q_inter, k, v, q.chunk_len, vertical, slash, step.scale
             )
-        return out, int(attended.sum())
+        return out, attended
 
     def _attend_pages(self, layer: int, q: _Rotated, step: _Step) -> Tensor:
         """Dense attention of a few rows, read from the pages."""
@@ -414,7 +378,7 @@ class Qwen2Model:
             pages.k,
             pages.v,
             cache.block_table,
-            torch.tensor([step.end], dtype=torch.int32, device=self.device),
+            torch.full((1,), step.end, dtype=torch.int32, device=self.device),
             k_scale=pages.k_scale,
             v_scale=pages.v_scale,
             q_succ=None if q.q_succ is None else q.q_succ[None],
@@ -438,7 +402,8 @@ def _dense(q: _Rotated, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm in float32, rounded to the model's dtype before the weight (as transformers does)."""
     out = torch.empty_like(x)
-    for rows, target in zip(torch.split(x, _NORM_ROWS), torch.split(out, _NORM_ROWS), strict=True):
+    at_once = _NORM_ROWS[x.device.type]
+    for rows, target in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
         wide = rows.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         torch.mul(wide.to(x.dtype), weight, out=target)

@@ -20,14 +20,13 @@ namespace qwen_sparse::sm80::prefill {
 namespace ptx = cuda::ptx;
 
 constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 template <int kHeadDim>
 struct SharedMemory {
-  alignas(128) uint8_t q[kTileRows * kHeadDim * 2];
-  alignas(128) uint8_t k[kTileKeys * kHeadDim * 2];
-  alignas(128) uint8_t v[kTileKeys * kHeadDim * 2];
+  alignas(256) uint8_t q[kTileRows * kHeadDim * 2];
+  alignas(256) uint8_t k[kTileKeys * kHeadDim * 2];
+  alignas(256) uint8_t v[kTileKeys * kHeadDim * 2];
   KeyTile tiles[2];
   // Of a tile of columns: the key's position, or kNever where the block's slashes cover it; by tile parity and block.
   int32_t column[2][2][kTileKeys];
@@ -36,7 +35,8 @@ struct SharedMemory {
 };
 
 // Byte offset of 16-byte piece `piece` of row `row`: pieces are permuted within 128 bytes so that the eight rows that
-// ldmatrix reads at once lie in different banks.
+// ldmatrix reads at once lie in different banks. Rows are aligned to their size, so that the address of piece
+// `piece ^ x` is the address of `piece` with x << 4 flipped: one register serves all pieces and rows of a lane.
 template <int kHeadDim>
 __device__ __forceinline__ int swizzled(int row, int piece) {
   return row * kHeadDim * 2 + ((piece ^ (row & 7)) << 4);
@@ -44,11 +44,13 @@ __device__ __forceinline__ int swizzled(int row, int piece) {
 
 template <typename T, int kHeadDim>
 class Cta {
+  static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kPieces = kHeadDim / 8;            // of 16 bytes in a row
   static constexpr int kRowsAtOnce = kThreads / kPieces;  // that all threads copy with one instruction each
   static constexpr int kMTiles = kWarpRows / 16;
   static constexpr int kKeyTiles8 = kTileKeys / 8;
   static constexpr int kDimTiles8 = kHeadDim / 8;
+  static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
   using Shared = SharedMemory<kHeadDim>;
 
  public:
@@ -103,6 +105,7 @@ class Cta {
         locate_columns(parity ^ 1);
       }
       if (attends) {
+        if (args_.negate) negate(s);
         if (!is_full(tile)) mask(tile, parity, s);
         update_softmax(s);
         multiply_pv(s);
@@ -118,7 +121,7 @@ class Cta {
     const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
     const int piece = threadIdx.x % kPieces;
     const T* head = static_cast<const T*>(q.data) + head_ * q.head_stride + piece * 8;
-#pragma unroll 4
+#pragma unroll 1
     for (int row = threadIdx.x / kPieces; row < kTileRows; row += kRowsAtOnce) {
       const int32_t position = first_ + row;
       const bool inside = position >= rows_begin_ && position < rows_end_;
@@ -139,13 +142,15 @@ class Cta {
       stride = rows.row_stride;
       base = static_cast<const T*>(rows.data) + kv_head_ * rows.head_stride + tile.first * stride;
     }
-    base += piece * 8;
-#pragma unroll
+    int row = threadIdx.x / kPieces;
+    const T* from = base + piece * 8 + row * stride;
+    uint32_t address = ptx::shared_address(to + swizzled<kHeadDim>(row, piece));
+#pragma unroll 2  // more would need registers that hold scores and sums now
     for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
-      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
-      const bool inside = row < tile.count;
-      ptx::copy_async_16(ptx::shared_address(to + swizzled<kHeadDim>(row, piece)), base + (inside ? row : 0) * stride,
-                         inside ? 16 : 0);
+      ptx::copy_async_16(address, row < tile.count ? from : base, row < tile.count ? 16 : 0);
+      row += kRowsAtOnce;
+      from += kRowsAtOnce * stride;
+      address += kRowsAtOnce * kRowBytes;
     }
   }
 
@@ -191,25 +196,36 @@ class Cta {
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
       }
     }
-    const int matrix = lane_ / 8, matrix_row = lane_ % 8;
+    const int matrix = lane_ / 8, row = lane_ % 8;
+    const uint32_t q_address = ptx::shared_address(
+        shared_.q + swizzled<kHeadDim>(warp_ * kWarpRows + matrix % 2 * 8 + row, matrix / 2));
+    const uint32_t k_address =
+        ptx::shared_address(shared_.k + swizzled<kHeadDim>(matrix / 2 * 8 + row, matrix % 2));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kMTiles][4];
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        const int row = warp_ * kWarpRows + m * 16 + matrix % 2 * 8 + matrix_row;
-        ptx::load_matrices(ptx::shared_address(shared_.q + swizzled<kHeadDim>(row, 2 * d + matrix / 2)), q[m]);
-      }
+      for (int m = 0; m < kMTiles; ++m) ptx::load_matrices(q_address ^ (d << 5), m * 16 * kRowBytes, q[m]);
 #pragma unroll
       for (int n = 0; n < kKeyTiles8; n += 2) {
         uint32_t k[4];
-        const int key = n * 8 + matrix / 2 * 8 + matrix_row;
-        ptx::load_matrices(ptx::shared_address(shared_.k + swizzled<kHeadDim>(key, 2 * d + matrix % 2)), k);
+        ptx::load_matrices(k_address ^ (d << 5), n * 8 * kRowBytes, k);
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
           ptx::mma<T>(s[m][n], q[m], k[0], k[1]);
           ptx::mma<T>(s[m][n + 1], q[m], k[2], k[3]);
         }
+      }
+    }
+  }
+
+  __device__ static void negate(float (&s)[kMTiles][kKeyTiles8][4]) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = -s[m][n][i];
       }
     }
   }
@@ -239,7 +255,7 @@ class Cta {
 
   // Scores to weights, in place; what was summed before is scaled to the new maxima.
   __device__ void update_softmax(float (&s)[kMTiles][kKeyTiles8][4]) {
-    const float scale = p_.softmax_scale * kLog2E;
+    const float scale = args_.scale_log2;
     float shrink[kMTiles][2];
     bool changed = false;
 #pragma unroll
@@ -280,7 +296,9 @@ class Cta {
   }
 
   __device__ void multiply_pv(const float (&s)[kMTiles][kKeyTiles8][4]) {
-    const int matrix = lane_ / 8, matrix_row = lane_ % 8;
+    const int matrix = lane_ / 8, row = lane_ % 8;
+    const uint32_t v_address =
+        ptx::shared_address(shared_.v + swizzled<kHeadDim>(matrix % 2 * 8 + row, matrix / 2));
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
       uint32_t weights[kMTiles][4];  // two 8-key accumulators lie in registers as one 16-key operand does
@@ -294,8 +312,7 @@ class Cta {
 #pragma unroll
       for (int d = 0; d < kDimTiles8; d += 2) {
         uint32_t v[4];
-        const int key = j * 16 + matrix % 2 * 8 + matrix_row;
-        ptx::load_matrices_transposed(ptx::shared_address(shared_.v + swizzled<kHeadDim>(key, d + matrix / 2)), v);
+        ptx::load_matrices_transposed(v_address ^ (d << 4), j * 16 * kRowBytes, v);
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
           ptx::mma<T>(out_[m][d], weights[m], v[0], v[1]);
@@ -325,7 +342,7 @@ class Cta {
         const int32_t position = row_position(m, half);
         if (lane_ % 4 == 0 && position >= rows_begin_ && position < rows_end_) {
           p_.lse[(position - past) * p_.shape.num_heads + head_] =
-              sum > 0.0f ? max_[m][half] * p_.softmax_scale + logf(sum) : -INFINITY;
+              sum > 0.0f ? max_[m][half] * args_.scale_log2 * kLn2 + logf(sum) : -INFINITY;
         }
       }
     }
@@ -359,7 +376,7 @@ class Cta {
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) attention_kernel(const __grid_constant__ Args args) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(256) uint8_t memory[];
   Cta<T, kHeadDim>(args, *reinterpret_cast<SharedMemory<kHeadDim>*>(memory)).run();
 }
 

@@ -1,7 +1,10 @@
 // Prefill attention for sm_80 and later: index structures, the kernel, the count of attended pairs.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/common/types.h"
 #include "cuda/kernels.h"
 #include "cuda/sm80/prefill/launch.h"
-#include "cuda/common/types.h"
 
 namespace qwen_sparse::sm80 {
 
@@ -25,7 +28,8 @@ void attention(const AttentionParams& p, Launch launch) {
   cuda::Arena arena(p.workspace);
   const cuda::HeadIndexes indexes = p.sparse ? cuda::HeadIndexes(p, arena) : cuda::HeadIndexes();
   if (p.sparse) cuda::build_head_indexes(p, indexes, launch.stream);
-  const prefill::Args args{p, indexes, prefill::RowTiles(p)};
+  const float scale = std::max(std::abs(p.softmax_scale) * 1.44269504f, 1e-30f);
+  const prefill::Args args{p, scale, p.softmax_scale < 0.0f, indexes, prefill::RowTiles(p)};
   cuda::dispatch_float16_bits(p.dtype, [&](auto type) {
     using T = decltype(type);
     p.shape.head_dim == 64 ? prefill::launch<T, 64>(args, launch.stream) : prefill::launch<T, 128>(args, launch.stream);

@@ -1,0 +1,95 @@
+"""The package's ops run by its CUDA kernels in the PTX simulator: ``torch.ops.qwen_sparse_simulated``, on CPU tensors.
+
+csrc/bindings.cpp, csrc/api and csrc/cuda are compiled as they are, except that csrc/api/device.cpp, which finds the
+device of a call, is replaced by device.cpp of this directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ptxsim.build as simulator
+import torch
+from ptxsim import testing
+
+__all__ = ["SimulatedOps", "load", "options", "reset", "unavailable"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+NAMESPACE = "qwen_sparse_simulated"
+TORCH = Path(torch.__file__).parent
+CXXFLAGS = [
+    "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-DQWEN_SPARSE_OP_NAMESPACE={NAMESPACE}", f"-I{CSRC}", f"-I{TORCH / 'include'}",
+    f"-I{sysconfig.get_paths()['include']}",
+]  # fmt: skip
+
+unavailable = simulator.unavailable
+options, reset = testing.options, testing.reset
+
+
+def _host_object(source: Path, headers: str) -> Path:
+    """The object file of a C++ source, from the cache unless it, a header or the flags have changed."""
+    key = simulator.digest(source.read_bytes(), headers, torch.__version__, *CXXFLAGS)
+    target = simulator.cache_directory() / "host" / f"{source.parent.name}-{source.stem}-{key}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        simulator.run([simulator.CXX, *CXXFLAGS, "-c", source, "-o", temporary])
+        temporary.rename(target)
+    return target
+
+
+def build() -> Path:
+    """The shared library with the simulated ops."""
+    headers = simulator.digest(*(path.read_bytes() for path in sorted(CSRC.rglob("*.h"))))
+    host = [CSRC / "bindings.cpp", CSRC / "cuda" / "backend.cpp", Path(__file__).with_name("device.cpp")]
+    host += [path for path in sorted((CSRC / "api").glob("*.cpp")) if path.name != "device.cpp"]
+    with ThreadPoolExecutor(simulator.MAX_COMPILES) as pool:
+        objects = list(pool.map(lambda source: _host_object(source, headers), host))
+    sources = [*sorted((CSRC / "cuda" / "smxx").rglob("*.cu")), *sorted((CSRC / "cuda" / "sm80").rglob("*.cu"))]
+    return simulator.build_library(
+        sources,
+        "80",
+        simulator.cache_directory() / "extension",
+        name=NAMESPACE,
+        includes=[CSRC],
+        objects=objects,
+        link_flags=[f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"],
+    )
+
+
+@functools.cache
+def load() -> SimulatedOps:
+    """Builds and loads the library, once per process."""
+    testing.runtime()
+    torch.ops.load_library(str(build()))
+    return SimulatedOps()
+
+
+class SimulatedOps:
+    """Stands for ``torch.ops.qwen_sparse``. A fault that the simulator reports is raised as ``testing.Fault``."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(getattr(torch.ops, NAMESPACE), name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            testing.clear()
+            try:
+                return op(*arguments, **options)
+            except RuntimeError as error:
+                report = testing.last_error()
+                if report:
+                    raise testing.Fault(report) from error
+                raise
+
+        return call
+
+
+if __name__ == "__main__":
+    print(build(), file=sys.stdout)
