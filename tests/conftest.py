@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qwen_sparse import _C, ops
 
+pytest_plugins = ["ptxsim.fixtures"]
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 TINY: dict[str, Any] = {
