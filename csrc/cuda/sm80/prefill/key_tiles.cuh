@@ -24,6 +24,7 @@ class KeyTiles {
   __device__ void start(const Args& args, int64_t head, int32_t block, int32_t last_row, int64_t chunk) {
     const AttentionParams& p = args.p;
     block_ = block;
+    run_ = {};
     const int64_t chunk_begin = chunk * args.tiles.chunk_len;
     const int64_t limit = p.causal ? last_row + int64_t{1} : p.shape.seqlen_k;
     const int64_t borders[kNumStages + 1] = {0, chunk_begin - args.tiles.chunk_len, chunk_begin, limit};
