@@ -1,8 +1,9 @@
-"""Prefill attention on this machine's CPU: dense, vertical-slash and Dual Chunk Attention beside torch's kernels.
+"""Prefill attention on this machine's CPU or GPU: dense, vertical-slash and Dual Chunk Attention beside torch's kernels.
 
     python bench/bench_attention.py --isas avx512 avx512_bf16 --output bench/results/attention_cpu.json
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python bench/bench_attention.py --isas avx2
+    python bench/bench_attention.py --device cuda --num-heads 16 --num-kv-heads 4 --seqlens 16384 131072
 
 The second limits torch and its libraries to AVX2 as well: they read the variables when torch is imported. Those are
 printed and recorded.
@@ -11,7 +12,8 @@ All keys are rows (a one-shot causal prefill). With --density the index set has 
 --budgets it is really selected, on random data. "selection + vertical-slash" is the whole of a sparse prefill:
 selection (with budgets as large as the set), the index structure and attention. "x density" is time over density x
 dense time: 1 for a sparse kernel that wastes nothing. FlexAttention runs with a causal and with the same sparse mask.
-Times are printed for outputs that were first compared with the reference on their last rows.
+Times are printed for outputs that were first compared with the reference on their last rows (of the first kv head's
+query heads, where all would take long). "x SDPA" is over the fastest of torch's own kernels that ran.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from indexes import (
     BLOCK_M,
@@ -37,7 +40,17 @@ from indexes import (
 )
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import assert_close_to_reference, interleaved, random_qkv
-from report import add_check_argument, add_output_argument, finish, print_environment, print_table, time_cells
+from report import (
+    add_check_argument,
+    add_device_argument,
+    add_output_argument,
+    choose_kernels,
+    finish,
+    kernel_sets,
+    print_environment,
+    print_table,
+    time_cells,
+)
 
 CHECKED_ROWS = 64
 FLEX_BLOCK = 128
@@ -49,7 +62,10 @@ DENSE_OF = {
     "FlexAttention vertical-slash": "FlexAttention causal",
 }
 """Every sparse kernel, with the dense one that its "x density" is about."""
-KERNELS = ["torch SDPA", "FlexAttention causal", "dense", "DCA dense", *DENSE_OF]
+GPU_BACKENDS = {"torch SDPA flash": SDPBackend.FLASH_ATTENTION, "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+KERNELS = ["torch SDPA", *GPU_BACKENDS, "FlexAttention causal", "dense", "DCA dense", *DENSE_OF]
+MOST_CHECKED = 2**20
+"""Heads x keys up to which every head is compared with the reference."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,8 @@ class Inputs:
         # Other rotations of q are other numbers of the same size; attention does not care which.
         q_succ, q_inter = q.roll(1, dims=-1), q.roll(2, dims=-1)
         chunk_len = arguments.chunk_len or max(BLOCK_M, seqlen // 4 // BLOCK_M * BLOCK_M)
-        return cls(q, k, v, q_succ, q_inter, columns, slashes, chunk_len)
+        tensors = (x.to(arguments.device) for x in (q, k, v, q_succ, q_inter, columns, slashes))
+        return cls(*tensors, chunk_len)
 
     @property
     def sets(self) -> dict[str, Any]:
@@ -108,8 +125,21 @@ class Inputs:
     def kernels(self) -> dict[str, Callable[[], object]]:
         """Every kernel but FlexAttention, by name."""
         q, k, v = (x.transpose(0, 1)[None] for x in (self.q, self.k, self.v))
+
+        def sdpa() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        def with_backend(backend: SDPBackend) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                with sdpa_kernel(backend):
+                    return sdpa()
+
+            return run
+
+        backends = GPU_BACKENDS.items() if q.is_cuda else ()
         return {
-            "torch SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+            "torch SDPA": sdpa,
+            **{name: with_backend(backend) for name, backend in backends},
             "dense": lambda: ops.attention(self.q, self.k, self.v),
             "DCA dense": lambda: self.dual_chunk({}),
             "vertical-slash": lambda: ops.vertical_slash_attention(self.q, self.k, self.v, **self.sets),
@@ -124,26 +154,31 @@ def check(inputs: Inputs, names: list[str], flex: dict[str, Callable[[], Tensor]
     Raises:
         AssertionError: an error is more than twice that of plain PyTorch in the same dtype.
     """
-    k, v, dtype = inputs.k, inputs.v, inputs.q.dtype
-    q, q_succ, q_inter = (x[-CHECKED_ROWS:] for x in (inputs.q, inputs.q_succ, inputs.q_inter))
+    dtype, (seqlen, heads) = inputs.q.dtype, inputs.q.shape[:2]
+    kv_heads = inputs.k.shape[1]
+    if seqlen * heads > MOST_CHECKED:
+        heads, kv_heads = heads // kv_heads, 1
+    k, v = (x[:, :kv_heads].cpu() for x in (inputs.k, inputs.v))
+    q, q_succ, q_inter = (x[-CHECKED_ROWS:, :heads].cpu() for x in (inputs.q, inputs.q_succ, inputs.q_inter))
+    checked_sets = {name: indexes[:heads].cpu() for name, indexes in inputs.sets.items()}
 
     def compare(actual: object, function: Callable[..., Any], queries: list[Tensor], **options: Any) -> None:
         tensors = [*queries, k, v]
         exact = function(*(x.double() for x in tensors), **options)
         plain = function(*tensors, **options, compute_dtype=dtype)
-        assert_close_to_reference(cast(Tensor, actual)[-CHECKED_ROWS:], exact, plain)
+        assert_close_to_reference(cast(Tensor, actual)[-CHECKED_ROWS:, :heads].cpu(), exact, plain)
 
     for name in names:
         sets = inputs.sets if name in DENSE_OF else {}
         if name.startswith("DCA"):
-            queries, chunk_len = [q, q_succ, q_inter], inputs.chunk_len
-            compare(inputs.dual_chunk(sets), reference.dual_chunk_attention, queries, chunk_len=chunk_len, **sets)
-        elif name == "torch SDPA":
+            queries, options = [q, q_succ, q_inter], {"chunk_len": inputs.chunk_len, **(checked_sets if sets else {})}
+            compare(inputs.dual_chunk(sets), reference.dual_chunk_attention, queries, **options)
+        elif name.startswith("torch SDPA"):
             continue  # what it computes is not ours to check
         else:
             out = flex[name]()[0].transpose(0, 1) if name in flex else inputs.kernels()[name]()
             function = reference.vertical_slash_attention if sets else reference.attention
-            compare(out, function, [q], **sets)
+            compare(out, function, [q], **(checked_sets if sets else {}))
 
 
 def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -159,15 +194,15 @@ def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     occupied = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
     starts, keys = torch.arange(0, seqlen, BLOCK_M)[:, None], torch.arange(seqlen)
     for head in range(heads):
-        is_column[head, inputs.columns[head][inputs.columns[head] >= 0].long()] = True
+        is_column[head, inputs.columns[head][inputs.columns[head] >= 0].long().cpu()] = True
         slashes = np.zeros(seqlen, dtype=bool)
-        slashes[inputs.slashes[head][inputs.slashes[head] >= 0].numpy()] = True
+        slashes[inputs.slashes[head][inputs.slashes[head] >= 0].cpu().numpy()] = True
         covered = torch.from_numpy(covered_offsets(slashes))
         is_covered.append(covered)
         attended = is_column[head] | covered[(starts - keys + BLOCK_M - 1).clamp(min=0)]
         rows, columns = torch.nonzero(attended & (keys < starts + BLOCK_M), as_tuple=True)
         occupied[head, rows * BLOCK_M // FLEX_BLOCK, columns // FLEX_BLOCK] = True
-    offsets = torch.stack(is_covered)
+    offsets, is_column, occupied = (x.to(q.device) for x in (torch.stack(is_covered), is_column, occupied))
 
     def causal(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return key <= row
@@ -184,11 +219,22 @@ def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         )
         return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    triangle = torch.ones(blocks, blocks, dtype=torch.bool).tril().expand(heads, -1, -1)
+    triangle = torch.ones(blocks, blocks, dtype=torch.bool, device=q.device).tril().expand(heads, -1, -1)
     return {
         "FlexAttention causal": candidate(triangle, causal),
         "FlexAttention vertical-slash": candidate(occupied, sparse),
     }
+
+
+def runs(name: str, candidate: Callable[[], object]) -> bool:
+    """Whether torch has this kernel for these inputs; a line says why not."""
+    try:
+        with torch.inference_mode():
+            candidate()
+        return True
+    except RuntimeError as error:
+        print(f"{name}: not measured: {str(error).strip().splitlines()[0]}")
+        return False
 
 
 def working_flex(inputs: Inputs, names: list[str]) -> dict[str, Callable[[], Tensor]]:
@@ -208,21 +254,26 @@ def working_flex(inputs: Inputs, names: list[str]) -> dict[str, Callable[[], Ten
 
 def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int, dtype: str) -> list[dict[str, Any]]:
     """One row per kernel for one shape, with the CPU kernels of one instruction set."""
-    _C.set_cpu_isa(isa)
+    choose_kernels(isa)
     inputs = Inputs.make(arguments, seqlen, head_dim, DTYPES[dtype])
     flex = working_flex(inputs, arguments.kernels)
     candidates: dict[str, Callable[[], object]] = {**inputs.kernels(), **flex}
+    for name in GPU_BACKENDS:
+        if name in candidates and not runs(name, candidates[name]):
+            del candidates[name]
     candidates = {name: candidates[name] for name in arguments.kernels if name in candidates}
     if arguments.check:
         check(inputs, list(candidates), flex)
     density = inputs.density()
     with torch.inference_mode():
-        timings = interleaved(candidates, repeats=arguments.repeats)
+        timings = interleaved(candidates, repeats=arguments.repeats, device=arguments.device)
+    ours = [name for name in timings if not name.startswith("torch SDPA")]
+    fastest = min((timing.median for name, timing in timings.items() if name not in ours), default=None)
     dense_flop = 2 * seqlen * (seqlen + 1) * head_dim * arguments.num_heads
     rows = []
     for name, timing in timings.items():
         share = density if name in DENSE_OF else 1.0
-        dense, sdpa = timings.get(DENSE_OF.get(name, "")), timings.get("torch SDPA")
+        dense = timings.get(DENSE_OF.get(name, ""))
         rows.append(
             {
                 "kernel": name,
@@ -234,7 +285,7 @@ def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int,
                 "seconds": vars(timing),
                 "executed_gflops": share * dense_flop / timing.median / 1e9,
                 "dense_equivalent_gflops": dense_flop / timing.median / 1e9,
-                "speedup_over_sdpa": None if sdpa is None else sdpa.median / timing.median,
+                "speedup_over_sdpa": None if fastest is None else fastest / timing.median,
                 "time_over_density_times_dense": None if dense is None else timing.median / (density * dense.median),
             }
         )
@@ -293,6 +344,7 @@ def main() -> None:
         help="instruction sets of our kernels, each beside torch's kernels",
     )
     add_index_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument("--chunk-len", type=int, help="of the DCA rows; a quarter of the keys when absent")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--seed", type=int, default=0, help="of inputs and index sets")
@@ -309,7 +361,7 @@ def main() -> None:
         for head_dim in arguments.head_dims
         for dtype in arguments.dtypes
         for seqlen in arguments.seqlens
-        for isa in arguments.isas
+        for isa in kernel_sets(arguments)
         for row in measure(arguments, isa, seqlen, head_dim, dtype)
     ]
     print_rows(rows)

@@ -1,6 +1,7 @@
-"""Decode attention over a long paged cache on this machine's CPU, beside the bandwidth of copying memory.
+"""Decode attention over a long paged cache on this machine's CPU or GPU, beside the bandwidth of copying memory.
 
     python bench/bench_decode.py --output bench/results/decode_cpu.json
+    python bench/bench_decode.py --device cuda --keys 131072 1048576 --shapes 28/4/128 --footprint-mib 4096
 
 One query row reads every key and value, so memory bandwidth is the bound. GB/s counts the bytes of the pages that must
 be read, scales included. "copy" is torch's ``copy_`` between two large tensors, bytes read plus bytes written; torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import assert_close_to_reference, interleaved
-from report import add_output_argument, finish, print_table
+from report import add_device_argument, add_output_argument, choose_kernels, finish, kernel_sets, print_table
 
 PAGE_SIZE = 128
 CHUNK_LEN = 32768 - 8192
@@ -54,10 +55,10 @@ class Input:
     args: tuple[Tensor, ...]
     kwargs: dict[str, Any]
 
-    def copy(self) -> Input:
+    def copy(self, device: torch.device) -> Input:
         """The same values elsewhere in memory."""
-        kwargs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
-        return Input(tuple(x.clone() for x in self.args), kwargs)
+        kwargs = {name: x.to(device, copy=True) if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return Input(tuple(x.to(device, copy=True) for x in self.args), kwargs)
 
     def run(self) -> Tensor:
         return cast(Tensor, ops.decode_attention(*self.args, **self.kwargs))
@@ -87,11 +88,11 @@ def decode_input(shape: Shape, keys: int, dtype: str, variant: str, generator: t
     return Input((queries[0], *caches, table, torch.tensor([keys], dtype=torch.int32)), kwargs)
 
 
-def check(step: Input) -> None:
+def check(step: Input, device: torch.device) -> None:
     exact = [x.double() if x.is_floating_point() else x for x in step.args]
     wide = {name: x.double() if name in ("q_succ", "q_inter") else x for name, x in step.kwargs.items()}
     assert_close_to_reference(
-        step.run(),
+        step.copy(device).run().cpu(),
         cast(Tensor, reference.decode_attention(*exact, **wide)),
         cast(Tensor, reference.decode_attention(*step.args, compute_dtype=torch.bfloat16, **step.kwargs)),
     )
@@ -103,9 +104,12 @@ def in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def sdpa_steps(shape: Shape, keys: int, layers: int, generator: torch.Generator) -> list[Callable[[], object]]:
-    q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator).bfloat16()
+def sdpa_steps(
+    shape: Shape, keys: int, layers: int, generator: torch.Generator, device: torch.device
+) -> list[Callable[[], object]]:
+    q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator).bfloat16().to(device)
     kv = torch.empty(2, 1, shape.num_kv_heads, keys, shape.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
+    kv = kv.to(device)
 
     def step(kv: Tensor) -> Callable[[], object]:
         return lambda: F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
@@ -115,23 +119,24 @@ def sdpa_steps(shape: Shape, keys: int, layers: int, generator: torch.Generator)
 
 def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) -> list[dict[str, Any]]:
     """One row per kernel for one shape, with the CPU kernels of one instruction set."""
-    _C.set_cpu_isa(isa)
+    choose_kernels(isa)
+    device = arguments.device
     generator = torch.Generator().manual_seed(arguments.seed)
     footprint = arguments.footprint_mib * 2**20
-    source, target = torch.ones(2, footprint // 2, dtype=torch.uint8)
+    source, target = torch.ones(2, footprint // 2, dtype=torch.uint8, device=device)
     sizes = {"copy": 2 * source.numel(), "torch SDPA": page_bytes(shape, keys, "bf16")}
     candidates: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
-        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator)),
+        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator, device)),
     }
     for name in arguments.kernels:
         dtype = name.split()[0]
         sizes[name] = page_bytes(shape, keys, dtype)
         step = decode_input(shape, keys, dtype, KERNELS[name], generator)
         if arguments.check:
-            check(step)
-        candidates[name] = in_turn([step.copy().run for _ in range(-(-footprint // sizes[name]))])
-    timings = interleaved(candidates, repeats=arguments.repeats, warmup=2)
+            check(step, device)
+        candidates[name] = in_turn([step.copy(device).run for _ in range(-(-footprint // sizes[name]))])
+    timings = interleaved(candidates, repeats=arguments.repeats, warmup=2, device=device)
     rows = []
     for name, timing in timings.items():
         rate = sizes[name] / timing.median
@@ -168,6 +173,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
+    add_device_argument(parser)
     add_output_argument(parser)
     arguments = parser.parse_args()
 
@@ -175,7 +181,7 @@ def main() -> None:
         row
         for shape in arguments.shapes
         for keys in arguments.keys
-        for isa in arguments.isas
+        for isa in kernel_sets(arguments)
         for row in measure(arguments, isa, shape, keys)
     ]
     is_ours = [row["kernel"] in KERNELS for row in rows]

@@ -1,6 +1,7 @@
-"""Selection of vertical and slash indexes on this machine's CPU, beside plain torch and the dense attention it spares.
+"""Selection of vertical and slash indexes on this machine's CPU or GPU, beside plain torch and the dense attention it spares.
 
     python bench/bench_selection.py --output bench/results/selection_cpu.json
+    python bench/bench_selection.py --device cuda --seqlens 131072 1048576 --layouts 28/4x128 --dense-keys 131072
 
 Per shape: ``select_vertical_slash``; its top-k alone (``top_indexes`` on scores of that size, columns and distances);
 the same in torch as MInference does it (softmax of the last 64 rows against all keys, column sums, diagonal sums by a
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import interleaved, random_qkv
-from report import add_output_argument, finish, print_table
+from report import add_device_argument, add_output_argument, finish, print_table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAST_Q = 64
@@ -33,12 +34,12 @@ def torch_select(q: Tensor, k: Tensor, vertical_size: int, slash_size: int) -> t
     group_size, num_keys = q.shape[1] // k.shape[1], k.shape[0]
     keys = k.repeat_interleave(group_size, dim=1) if group_size > 1 else k
     scores = torch.einsum("phd,jhd->hpj", q[-LAST_Q:], keys).float() / math.sqrt(q.shape[2])
-    later = torch.ones(LAST_Q, LAST_Q, dtype=torch.bool).triu(1)
+    later = torch.ones(LAST_Q, LAST_Q, dtype=torch.bool, device=q.device).triu(1)
     scores[:, :, -LAST_Q:].masked_fill_(later, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     columns = weights.sum(dim=1)
     # Row r of the padded copy, read with the longer stride, starts r further right: diagonals become columns.
-    padded = torch.zeros(q.shape[1], LAST_Q, num_keys + 2 * LAST_Q)
+    padded = torch.zeros(q.shape[1], LAST_Q, num_keys + 2 * LAST_Q, device=q.device)
     padded[:, :, LAST_Q : LAST_Q + num_keys] = weights
     stride = padded.stride()
     diagonals = padded.as_strided(
@@ -57,7 +58,7 @@ def check(q: Tensor, k: Tensor, selected: tuple[Tensor, Tensor], name: str, tole
     """Every index chosen instead of one of the reference's has the same score up to ``tolerance``, relative."""
     for head in {0, q.shape[1] - 1}:
         group = head * k.shape[1] // q.shape[1]
-        one = q[:, head : head + 1], k[:, group : group + 1]
+        one = q[:, head : head + 1].cpu(), k[:, group : group + 1].cpu()
         for kind, forced, ours, score in zip(
             ("columns", "distances"),
             (NUM_FORCED_COLUMNS, NUM_FORCED_DISTANCES),
@@ -66,7 +67,7 @@ def check(q: Tensor, k: Tensor, selected: tuple[Tensor, Tensor], name: str, tole
             strict=True,
         ):
             score[0, :forced] = math.inf
-            chosen = score[0, ours[head].long()].sort(descending=True).values
+            chosen = score[0, ours[head].long().cpu()].sort(descending=True).values
             best = score[0].topk(ours.shape[1]).values
             worst = float(((best - chosen) / best).nan_to_num(nan=0.0).max())
             if worst > tolerance:
@@ -77,11 +78,10 @@ def measure(arguments: argparse.Namespace, layout: str, seqlen_k: int) -> list[d
     """One row per candidate for one shape."""
     heads, head_dim = layout.split("x")
     num_heads, num_kv_heads = map(int, heads.split("/"))
-    q, k, v = random_qkv(
-        arguments.dense_rows, seqlen_k, num_heads, num_kv_heads, int(head_dim), DTYPES[arguments.dtype]
-    )
+    qkv = random_qkv(arguments.dense_rows, seqlen_k, num_heads, num_kv_heads, int(head_dim), DTYPES[arguments.dtype])
+    q, k, v = (x.to(arguments.device) for x in qkv)
     sizes = arguments.vertical_size, arguments.slash_size
-    scores = torch.rand(num_heads, seqlen_k)
+    scores = torch.rand(num_heads, seqlen_k, device=arguments.device)
 
     def select() -> tuple[Tensor, Tensor]:
         return ops.select_vertical_slash(q, k, vertical_size=sizes[0], slash_size=sizes[1], last_q=LAST_Q)
@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace, layout: str, seqlen_k: int) -> list[d
     }
     if seqlen_k <= arguments.dense_keys:
         candidates["~dense chunk"] = lambda: ops.attention(q, k, v)
-    timings = interleaved(candidates, repeats=arguments.repeats)
+    timings = interleaved(candidates, repeats=arguments.repeats, device=arguments.device)
     dense_factor = arguments.chunk_rows / arguments.dense_rows
     dense = timings.get("~dense chunk")
     rows = []
@@ -136,10 +136,12 @@ def main() -> None:
     parser.add_argument("--dense-keys", type=int, default=65536, help="most keys that dense attention is run with")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
+    add_device_argument(parser)
     add_output_argument(parser)
     arguments = parser.parse_args()
 
-    print(f"CPU kernels: {_C.cpu_features()['isa']}, {torch.get_num_threads()} threads, {arguments.dtype}")
+    where = f"CPU kernels: {_C.cpu_features()['isa']}, {torch.get_num_threads()} threads"
+    print(f"{where if arguments.device.type == 'cpu' else arguments.device}, {arguments.dtype}")
     rows = [
         row
         for layout in arguments.layouts

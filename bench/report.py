@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qwen_sparse import _C
 from qwen_sparse.testing import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +37,21 @@ def add_check_argument(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compare results with the reference before anything is timed (default)",
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+
+
+def kernel_sets(arguments: argparse.Namespace) -> list[str]:
+    """What a benchmark goes through with its shapes: the instruction sets asked for, or the GPU."""
+    return ["cuda"] if arguments.device.type == "cuda" else list(arguments.isas)
+
+
+def choose_kernels(kernel_set: str) -> None:
+    """Makes an instruction set current; on a GPU there is nothing to choose."""
+    if kernel_set != "cuda":
+        _C.set_cpu_isa(kernel_set)
 
 
 def environment() -> dict[str, str | None]:
@@ -65,7 +81,7 @@ def finish(benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[st
     options = {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
     record = {
         "benchmark": benchmark,
-        "machine": machine(),
+        "machine": machine(getattr(arguments, "device", None)),
         "environment": environment(),
         "options": options,
         "rows": list(rows),
@@ -77,4 +93,4 @@ def finish(benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[st
 
 def _plain(value: object) -> object:
     """Paths by name only: a result says which file, not where it lay."""
-    return value.name if isinstance(value, Path) else value
+    return value.name if isinstance(value, Path) else str(value) if isinstance(value, torch.device) else value

@@ -208,6 +208,6 @@ class MovedOps:
     def move(self, argument: Any) -> Any:
         if not isinstance(argument, Tensor) or argument.device == self.device:
             return argument
-        return torch.empty_strided(
-            argument.shape, argument.stride(), dtype=argument.dtype, device=self.device
-        ).copy_(argument)
+        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=self.device).copy_(
+            argument
+        )

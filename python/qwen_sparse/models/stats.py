@@ -78,6 +78,6 @@ class ForwardStats:
         self._counts, self._events = [], []
 
     def _record(self, phase: Phase | None) -> None:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         self._events.append((phase, event))

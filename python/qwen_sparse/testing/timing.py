@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,12 @@ class Timing:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1, min_seconds: float = 0.0
+    candidates: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 7,
+    warmup: int = 1,
+    min_seconds: float = 0.0,
+    device: torch.device | None = None,
 ) -> dict[str, Timing]:
     """Time the candidates in turns, so that drift of the machine meets all of them alike.
 
@@ -43,21 +49,53 @@ def interleaved(
         repeats: timed rounds.
         warmup: rounds before.
         min_seconds: keep adding rounds until every candidate has run this long in total.
+        device: where they run; on a CUDA device, its stream is timed by events. The CPU when None.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     rounds = -warmup
     while rounds < repeats or any(sum(taken) < min_seconds for taken in samples.values()):
         for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
+            seconds = _seconds(run, device)
             if rounds >= 0:
-                samples[name].append(time.perf_counter() - begin)
+                samples[name].append(seconds)
         rounds += 1
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on."""
+def _seconds(run: Callable[[], object], device: torch.device | None) -> float:
+    if device is None or device.type == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(device)
+    events[0].record(stream)
+    run()
+    events[1].record(stream)
+    events[1].synchronize()
+    return float(events[0].elapsed_time(events[1])) / 1000
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        reported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        reported = "unknown"
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "cuda": torch.version.cuda,
+        query: reported,
+    }
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What a result was measured on; with its GPU where ``device`` is one."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as cpuinfo:
@@ -68,6 +106,7 @@ def machine() -> dict[str, Any]:
     except (OSError, KeyError):
         pass
     return {
+        **({"gpu": _gpu(device)} if device is not None and device.type == "cuda" else {}),
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
