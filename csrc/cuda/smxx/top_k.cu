@@ -19,15 +19,15 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kTileKeys = 16384;
-constexpr int kItems = 4;  // consecutive scores of a thread in a scan
-constexpr int kScanKeys = kThreads * kItems;
+constexpr int kItems = 4;  // scores of a thread at once
+constexpr int kStepKeys = kThreads * kItems;
 constexpr int kMaxHeads = 256;  // of one launch, whose sizes travel as an argument
 constexpr int kNumDigits = 3;
 constexpr int kNumBins = 1 << 11;
 constexpr int kBinsPerThread = kNumBins / kThreads;
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
-static_assert(kTileKeys % kScanKeys == 0, "a tile is whole scans");
+static_assert(kTileKeys % kStepKeys == 0, "a tile is whole steps");
 
 __host__ __device__ constexpr int digit_shift(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ uint32_t ordered_bits(float score) {
   return (bits >> 31) != 0 ? 0x80000000u - magnitude : 0x80000000u + magnitude;
 }
 
-// The keys of a CTA's tile.
+// The scores of a CTA's tile, kStepKeys at a time.
 class Tile {
  public:
   __device__ explicit Tile(const Args& args)
@@ -85,8 +85,19 @@ class Tile {
   __device__ int64_t begin() const { return begin_; }
   __device__ int64_t end() const { return end_; }
 
-  __device__ __forceinline__ uint32_t operator[](int64_t key) const {
-    return key < num_forced_ ? 0x80000000u + kInfinityBits : ordered_bits(scores_[key]);
+  // The ordered bits of the keys first, first + kStride, ...; 0, which is less than any score's, past the end. All
+  // loads are under way before the first is used.
+  template <int kStride>
+  __device__ __forceinline__ void load(int64_t first, uint32_t (&scores)[kItems]) const {
+    float values[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      values[i] = first + i * kStride < end_ ? __ldg(scores_ + first + i * kStride) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int64_t key = first + i * kStride;
+      scores[i] = key >= end_ ? 0 : key < num_forced_ ? 0x80000000u + kInfinityBits : ordered_bits(values[i]);
+    }
   }
 
  private:
@@ -135,10 +146,15 @@ __global__ void __launch_bounds__(kThreads) add_histogram(const __grid_constant_
   constexpr int kShiftBefore = kDigit == 0 ? 0 : digit_shift(kDigit - 1);
   constexpr uint32_t kMask = kDigit == 2 ? (1u << 10) - 1 : (1u << 11) - 1;
   const Tile tile(args);
-#pragma unroll 8
-  for (int64_t key = tile.begin() + threadIdx.x; key < tile.end(); key += kThreads) {
-    const uint32_t score = tile[key];
-    if (kDigit == 0 || score >> kShiftBefore == value >> kShiftBefore) atomicAdd(&counts[score >> kShift & kMask], 1u);
+  for (int64_t begin = tile.begin(); begin < tile.end(); begin += kStepKeys) {
+    uint32_t scores[kItems];
+    tile.load<kThreads>(begin + threadIdx.x, scores);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (kDigit == 0 || scores[i] >> kShiftBefore == value >> kShiftBefore) {
+        atomicAdd(&counts[scores[i] >> kShift & kMask], 1u);
+      }
+    }
   }
   __syncthreads();
   unsigned* histogram = args.histograms + (head * kNumDigits + kDigit) * kNumBins;
@@ -164,11 +180,14 @@ __global__ void __launch_bounds__(kThreads) count_selected(const __grid_constant
   const uint32_t value = find_threshold(args, kNumDigits - 1).value;
   const Tile tile(args);
   int32_t above = 0, equal = 0;
-#pragma unroll 8
-  for (int64_t key = tile.begin() + threadIdx.x; key < tile.end(); key += kThreads) {
-    const uint32_t score = tile[key];
-    above += score > value;
-    equal += score == value;
+  for (int64_t begin = tile.begin(); begin < tile.end(); begin += kStepKeys) {
+    uint32_t scores[kItems];
+    tile.load<kThreads>(begin + threadIdx.x, scores);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      above += scores[i] > value;
+      equal += scores[i] == value;
+    }
   }
   const unsigned long long counts = Reduce(storage).Sum(packed(above, equal));
   if (threadIdx.x == 0) args.tile_counts[int64_t{head} * gridDim.x + blockIdx.x] = unpacked(counts);
@@ -203,13 +222,13 @@ __global__ void __launch_bounds__(kThreads) write_selected(const __grid_constant
   const Threshold threshold = args.thresholds[head * kNumDigits + kNumDigits - 1];
   Counts before = counts_before(args);
   const Tile tile(args);
-  for (int64_t begin = tile.begin(); begin < tile.end(); begin += kScanKeys) {
+  for (int64_t begin = tile.begin(); begin < tile.end(); begin += kStepKeys) {
     const int64_t first = begin + threadIdx.x * kItems;
     uint32_t scores[kItems];
+    tile.load<1>(first, scores);
     unsigned counts = 0;  // above the threshold in the high half, equal to it in the low one
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      scores[i] = first + i < tile.end() ? tile[first + i] : 0;  // 0 is less than any score's bits
       counts += scores[i] > threshold.value ? 1u << 16 : scores[i] == threshold.value;
     }
     unsigned preceding, total;
