@@ -31,7 +31,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <int kHeadDim>
 struct SharedMemory {
-  alignas(128) uint8_t k[2][kTileKeys * kHeadDim * 2];
+  alignas(256) uint8_t k[2][kTileKeys * kHeadDim * 2];
 };
 
 // The keys' products with a warp's rows, step by step. Lane (g, t) = (lane / 4, lane % 4) holds the elements
@@ -155,11 +155,12 @@ class Split {
       }
     }
     const int matrix = lane_ / 8;
-    const int key = step + matrix / 2 * 8 + lane_ % 8;
+    const uint32_t address =
+        ptx::shared_address(tile + cuda::swizzled<kHeadDim>(step + matrix / 2 * 8 + lane_ % 8, matrix % 2));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t k[4];
-      ptx::load_matrices(ptx::shared_address(tile + cuda::swizzled<kHeadDim>(key, 2 * d + matrix % 2)), k);
+      ptx::load_matrices(address ^ (d << 5), 0, k);
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         ptx::mma<T>(scores.values[m][0], q_[d][m], k[0], k[1]);
