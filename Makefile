@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar on
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive

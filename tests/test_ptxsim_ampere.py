@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from ptxsim.testing import Fault
 
 pytestmark = pytest.mark.ptxsim
@@ -12,7 +13,7 @@ def bf16(*s, seed=0):
     return torch.randn(s, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-@pytest.mark.parametrize('M,N,K', [(128, 64, 64), (256, 128, 256), (200, 72, 192)])
+@pytest.mark.parametrize(("M", "N", "K"), [(128, 64, 64), (256, 128, 256), (200, 72, 192)])
 def test_gemm(ampere, schedule, M, N, K):
     ampere.options(**schedule)
     a, b, c = bf16(M, K), bf16(N, K, seed=1), torch.zeros(M, N)
@@ -28,7 +29,7 @@ def gemm_wrong(ampere, fault, **opts):
 
 
 def test_missing_cp_async_wait(ampere):
-    with pytest.raises(Fault, match='never written'):
+    with pytest.raises(Fault, match="never written"):
         gemm_wrong(ampere, 1)
 
 
@@ -38,20 +39,24 @@ def test_missing_cp_async_wait_value(ampere):
 
 def test_early_refill(ampere):
     """The next tile's cp.async overwrites a buffer that other warps still read."""
-    assert any(gemm_wrong(ampere, 2, sched='random', async_='eager', seed=s) for s in range(4))
-    with pytest.raises(Fault, match='race'):
+    assert any(gemm_wrong(ampere, 2, sched="random", async_="eager", seed=s) for s in range(4))
+    with pytest.raises(Fault, match="race"):
         gemm_wrong(ampere, 2, race=1)
 
 
 def test_imma(ampere, schedule):
     ampere.options(**schedule)
     r = np.random.default_rng(0)
-    a, b, c = r.integers(-128, 128, (16, 96)).astype(np.int8), r.integers(-128, 128, (8, 96)).astype(np.int8), np.zeros((16, 8), np.int32)
+    a, b, c = (
+        r.integers(-128, 128, (16, 96)).astype(np.int8),
+        r.integers(-128, 128, (8, 96)).astype(np.int8),
+        np.zeros((16, 8), np.int32),
+    )
     ampere.imma(a, b, c, 96)
     assert (c == a.astype(np.int32) @ b.astype(np.int32).T).all()
 
 
-@pytest.mark.parametrize('S', [64, 200])
+@pytest.mark.parametrize("S", [64, 200])
 def test_flash(ampere, schedule, S):
     ampere.options(**schedule)
     H, D = 2, 64
@@ -59,6 +64,6 @@ def test_flash(ampere, schedule, S):
     o, lse = torch.zeros(H, S, D).bfloat16(), torch.zeros(H, S)
     ampere.flash(q, k, v, o, lse, H, S, D**-0.5)
     s = (q.float() @ k.float().transpose(1, 2)) * D**-0.5
-    s = s.masked_fill(torch.ones(S, S).triu(1).bool(), float('-inf'))
+    s = s.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf"))
     torch.testing.assert_close(o.float(), torch.softmax(s, -1) @ v.float(), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, torch.logsumexp(s, -1), atol=1e-3, rtol=1e-3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ptxsim import build, testing
 from ptxsim.fixtures import KERNELS
 from ptxsim.testing import Fault, Sim

@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+
 from ptxsim.build import build_program
 from ptxsim.fixtures import KERNELS, OUT, cutlass_include
 

@@ -69,7 +69,7 @@ def digest(*parts: str | bytes) -> str:
     return state.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _file_digest(path: str, _modified: int, _size: int) -> str:
     return digest(Path(path).read_bytes())
 
@@ -89,7 +89,7 @@ def _content_digest(settings: str, files: Iterable[str]) -> str | None:
 @functools.cache
 def _toolchain() -> str:
     """Identifies the compilers and the parts of the simulator that shape an object file."""
-    own = sorted([*HERE.glob("*.hpp"), *HERE.glob("translate*.py"), HERE / "ptxparse.py", Path(__file__)])
+    own = sorted([*HERE.glob("*.hpp"), *HERE.glob("translate/*.py"), HERE / "ptxparse.py", Path(__file__)])
     return digest(run(["nvcc", "--version"]), run([CXX, "--version"]), *CXXFLAGS, *(path.read_bytes() for path in own))
 
 
@@ -116,8 +116,8 @@ def runtime_library() -> Path:
 
         def compile_part(source: Path) -> Path:
             built = Path(temporary) / f"{source.stem}.o"
-            opt = ["-O3", "-frounding-math"] if source.stem == "tensor" else ["-O2"]
-            run([CXX, *CXXFLAGS, *opt, "-I", cuda_include(), "-c", source, "-o", built])
+            opt = ["-O3"] if source.stem in ("matrix", "wgmma") else ["-O2", "-frounding-math"]
+            run([CXX, *CXXFLAGS, "-Wall", "-Wextra", *opt, "-I", cuda_include(), "-c", source, "-o", built])
             return built
 
         with ThreadPoolExecutor(MAX_COMPILES) as pool:
@@ -168,10 +168,8 @@ def compile_source(
             keep = temporary / "keep"
             keep.mkdir()
             dependencies = temporary / "dependencies"
-            run(
-                ["nvcc", *flags, rename, "-c", source, "-o", temporary / objects[0]]
-                + ["-MD", "-MF", dependencies, "-keep", "-keep-dir", keep]
-            )
+            outputs = ["-o", temporary / objects[0], "-MD", "-MF", dependencies, "-keep", "-keep-dir", keep]
+            run(["nvcc", *flags, rename, "-c", source, *outputs])
             ptx = next(keep.glob("*.ptx"))
             included = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1]
             files = sorted({str(Path(word).resolve()) for word in shlex.split(included)} | {str(source)})

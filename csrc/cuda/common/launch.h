@@ -18,6 +18,7 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
 
 // Positions are negative where there are more rows than keys.
 __host__ __device__ constexpr int64_t floor_div(int64_t a, int64_t b) { return (a >= 0 ? a : a - b + 1) / b; }
+__host__ __device__ constexpr int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
 
 template <typename T>
 __host__ __device__ constexpr T round_up(T a, T b) {
@@ -56,13 +57,21 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// Whether every row of every head starts at a multiple of 16 bytes.
+inline bool is_aligned(const Rows& rows, int64_t element_bytes) {
+  const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
+  return aligned(reinterpret_cast<intptr_t>(rows.data)) && aligned(rows.row_stride * element_bytes) &&
+         aligned(rows.head_stride * element_bytes);
+}
+
+inline bool is_aligned(const Pages& pages, int64_t element_bytes) {
+  return is_aligned(Rows{pages.data, pages.row_stride, pages.head_stride}, element_bytes) &&
+         pages.page_stride * element_bytes % 16 == 0;
+}
+
 // Kernels read rows in pieces of 16 bytes.
 inline void check_alignment(const char* op, const char* name, const Rows& rows, int64_t element_bytes) {
-  const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
-  if (aligned(reinterpret_cast<intptr_t>(rows.data)) && aligned(rows.row_stride * element_bytes) &&
-      aligned(rows.head_stride * element_bytes)) {
-    return;
-  }
+  if (is_aligned(rows, element_bytes)) return;
   throw std::invalid_argument(std::string(op) + ": " + name +
                               " must be aligned to 16 bytes, with strides that are multiples of 16 bytes, on a GPU; "
                               "got row stride " +

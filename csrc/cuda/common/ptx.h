@@ -18,11 +18,17 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending of this thread's latest groups are incomplete. A barrier must follow before other threads
-// read what it copied.
+// Waits until at most kPending of this thread's latest groups are incomplete. A barrier must follow before other
+// threads read what it copied.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// [st] 16 bytes to global memory. In C++, nvcc may split such a store in four.
+__device__ __forceinline__ void store(uint4* global, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // [ldmatrix] Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane l

@@ -6,9 +6,7 @@ static __device__ int counter = 20;
 static __device__ int* counter_address = &counter;  // an initialiser that holds an address
 
 namespace {
-__global__ void fill_k(int* out) {
-  out[threadIdx.x] = table[threadIdx.x] + atomicAdd(counter_address, 2);
-}
+__global__ void fill_k(int* out) { out[threadIdx.x] = table[threadIdx.x] + atomicAdd(counter_address, 2); }
 }  // namespace
 
 extern "C" int module_b(int* out, int base) {

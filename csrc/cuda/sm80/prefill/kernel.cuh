@@ -12,15 +12,17 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/common/attention.h"
 #include "cuda/common/ptx.h"
 #include "cuda/sm80/prefill/key_tiles.cuh"
 
 namespace qwen_sparse::sm80::prefill {
 
 namespace ptx = cuda::ptx;
+using cuda::kLn2;
+using cuda::swizzled;
 
 constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
-constexpr float kLn2 = 0.6931471805599453f;
 
 template <int kHeadDim>
 struct SharedMemory {
@@ -33,14 +35,6 @@ struct SharedMemory {
   bool any_column[2][kNumWarps];  // by the warp that wrote 32 entries of `column`
   KeyTiles cursor;
 };
-
-// Byte offset of 16-byte piece `piece` of row `row`: pieces are permuted within 128 bytes so that the eight rows that
-// ldmatrix reads at once lie in different banks. Rows are aligned to their size, so that the address of piece
-// `piece ^ x` is the address of `piece` with x << 4 flipped: one register serves all pieces and rows of a lane.
-template <int kHeadDim>
-__device__ __forceinline__ int swizzled(int row, int piece) {
-  return row * kHeadDim * 2 + ((piece ^ (row & 7)) << 4);
-}
 
 template <typename T, int kHeadDim>
 class Cta {

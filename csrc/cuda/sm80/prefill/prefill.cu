@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/attention.h"
 #include "cuda/common/types.h"
 #include "cuda/kernels.h"
 #include "cuda/sm80/prefill/launch.h"
@@ -28,7 +29,7 @@ void attention(const AttentionParams& p, Launch launch) {
   cuda::Arena arena(p.workspace);
   const cuda::HeadIndexes indexes = p.sparse ? cuda::HeadIndexes(p, arena) : cuda::HeadIndexes();
   if (p.sparse) cuda::build_head_indexes(p, indexes, launch.stream);
-  const float scale = std::max(std::abs(p.softmax_scale) * 1.44269504f, 1e-30f);
+  const float scale = std::max(std::abs(p.softmax_scale) * cuda::kLog2E, 1e-30f);
   const prefill::Args args{p, scale, p.softmax_scale < 0.0f, indexes, prefill::RowTiles(p)};
   cuda::dispatch_float16_bits(p.dtype, [&](auto type) {
     using T = decltype(type);
