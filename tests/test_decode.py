@@ -77,7 +77,7 @@ CASES = [
 @pytest.mark.parametrize("cache", ["same", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_decode(case: Case, dtype: torch.dtype, cache: str, isa: str) -> None:
+def test_decode(case: Case, dtype: torch.dtype, cache: str, kernels: str) -> None:
     args, kwargs = case.inputs(dtype, cache)
     out, lse = ops.decode_attention(*args, return_lse=True, **kwargs)
     rounded, rounded_lse = reference.decode_attention(*args, return_lse=True, compute_dtype=dtype, **kwargs)
@@ -101,7 +101,7 @@ def test_equals_prefill_attention() -> None:
     torch.testing.assert_close(out[0], ops.attention(q, k, v))
 
 
-def test_int8_cache_equals_dequantized_cache(isa: str) -> None:
+def test_int8_cache_equals_dequantized_cache(kernels: str) -> None:
     """What quantize_kv stored, decode reads as dequantize_kv does, bias included."""
     positions = torch.arange(256) % 192
     inv_freq = 1e6 ** (-torch.arange(0, 64, 2).double() / 64)

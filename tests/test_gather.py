@@ -36,7 +36,7 @@ def gathered(module: Any, num_keys: int, dtype: torch.dtype, **arguments: Any) -
 
 @pytest.mark.parametrize("num_keys", [1, 64, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_plain_pages_are_copied(dtype: torch.dtype, num_keys: int, isa: str) -> None:
+def test_plain_pages_are_copied(dtype: torch.dtype, num_keys: int, kernels: str) -> None:
     k, v = torch.randn(2, 7, 48, 2, 64).to(dtype)
     table = torch.tensor([3, 0, 6, 1, 2, 5, 4], dtype=torch.int32)
     ours = gathered(ops, num_keys, dtype, k_cache=k, v_cache=v, block_table=table)
@@ -47,7 +47,7 @@ def test_plain_pages_are_copied(dtype: torch.dtype, num_keys: int, isa: str) -> 
 @pytest.mark.parametrize("page_size", [16, 100, 128])
 @pytest.mark.parametrize("chunk_len", [None, 64, 192])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_gets_its_bias_back(dtype: torch.dtype, chunk_len: int | None, page_size: int, isa: str) -> None:
+def test_int8_gets_its_bias_back(dtype: torch.dtype, chunk_len: int | None, page_size: int, kernels: str) -> None:
     """Pages and chunks that do not divide each other: the rotation restarts at every border."""
     pages = int8_pages(page_size)
     arguments = {
@@ -66,7 +66,7 @@ def test_int8_gets_its_bias_back(dtype: torch.dtype, chunk_len: int | None, page
         assert_close_to_reference(a, wide, narrow, floor=2e-4 if dtype == torch.float32 else 1e-6)
 
 
-def test_far_positions_are_exact(isa: str) -> None:
+def test_far_positions_are_exact(kernels: str) -> None:
     """At a million keys a float32 angle would be wrong by a tenth of a radian."""
     page_size, num_pages = 2**14, 64
     pages = {name: cache[:1].expand(1, -1, -1, *cache.shape[3:]) for name, cache in int8_pages(page_size, 1, 1).items()}

@@ -25,7 +25,7 @@ def biased_keys(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[st
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_quantize_is_bit_exact(dtype: torch.dtype, head_dim: int, isa: str) -> None:
+def test_quantize_is_bit_exact(dtype: torch.dtype, head_dim: int, kernels: str) -> None:
     _, k, v = random_qkv(1, 45, 1, 3, head_dim, dtype)
     for ours, expected in zip(ops.quantize_kv(k, v), reference.quantize_kv(k, v), strict=True):
         assert ours.dtype == expected.dtype
@@ -33,13 +33,13 @@ def test_quantize_is_bit_exact(dtype: torch.dtype, head_dim: int, isa: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_quantize_minus_bias_is_bit_exact(dtype: torch.dtype, isa: str) -> None:
+def test_quantize_minus_bias_is_bit_exact(dtype: torch.dtype, kernels: str) -> None:
     k, v, bias = biased_keys(dtype)
     for ours, expected in zip(ops.quantize_kv(k, v, **bias), reference.quantize_kv(k, v, **bias), strict=True):
         assert torch.equal(ours, expected)
 
 
-def test_zero_rows_and_extremes(isa: str) -> None:
+def test_zero_rows_and_extremes(kernels: str) -> None:
     k = torch.zeros(3, 1, 64)
     k[1, 0, 5] = -3e38
     k[2, 0, :] = 1e-42  # subnormal
@@ -51,7 +51,7 @@ def test_zero_rows_and_extremes(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dequantize(dtype: torch.dtype, isa: str) -> None:
+def test_dequantize(dtype: torch.dtype, kernels: str) -> None:
     k, v, bias = biased_keys(torch.float32)
     quantized = ops.quantize_kv(k, v, **bias)
     ours = ops.dequantize_kv(*quantized, dtype=dtype, **bias)

@@ -17,7 +17,7 @@ def inverse_frequencies(head_dim: int, theta: float = 1e7) -> torch.Tensor:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rotary(dtype: torch.dtype, head_dim: int, isa: str) -> None:
+def test_rotary(dtype: torch.dtype, head_dim: int, kernels: str) -> None:
     q, k, _ = random_qkv(37, 37, 4, 2, head_dim, dtype)
     positions = torch.randint(0, 2_000_000, (37,))
     inv_freq = inverse_frequencies(head_dim)
@@ -29,7 +29,7 @@ def test_rotary(dtype: torch.dtype, head_dim: int, isa: str) -> None:
         assert_close_to_reference(ours, wide, narrow)
 
 
-def test_precision_at_large_positions(isa: str) -> None:
+def test_precision_at_large_positions(kernels: str) -> None:
     """At position 10^7 an angle computed in float32 would be off by about a radian."""
     q, k, _ = random_qkv(64, 64, 1, 1, 128, torch.float32)
     positions = torch.arange(10_000_000, 10_000_064)
@@ -53,7 +53,7 @@ def test_scores_depend_on_relative_position_only() -> None:
 
 
 @pytest.mark.parametrize(("rows", "critical_rows"), [(200, 64), (10, 64), (70, 0), (1, 1)])
-def test_dual_chunk_rotations(rows: int, critical_rows: int, isa: str) -> None:
+def test_dual_chunk_rotations(rows: int, critical_rows: int, kernels: str) -> None:
     q, k, _ = random_qkv(rows, rows, 4, 2, 64, torch.float32)
     positions = torch.arange(300, 300 + rows)
     inv_freq = inverse_frequencies(64)

@@ -45,16 +45,16 @@ def test_select(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
-    isa: str,
+    kernels: str,
 ) -> None:
     q, k, _ = random_qkv(seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, dtype)
     check(q, k, vertical_size=50, slash_size=150)
 
 
 @pytest.mark.parametrize("seqlen_k", [500, 577, 4097, 9000])
-def test_select_dual_chunk(seqlen_k: int, isa: str) -> None:
+def test_select_dual_chunk(seqlen_k: int, kernels: str) -> None:
     """Voting rows on both sides of a chunk border, several splits of the keys."""
-    q, k, _ = random_qkv(64, seqlen_k, 2, 1, 64, torch.float32)
+    q, k, _ = random_qkv(64, seqlen_k, 2, 1, 64, torch.bfloat16)
     q_succ, q_inter = torch.randn_like(q), torch.randn_like(q)
     check(q, k, vertical_size=64, slash_size=140, q_succ=q_succ, q_inter=q_inter, chunk_len=192)
 
@@ -92,8 +92,8 @@ def test_a_planted_diagonal_is_found() -> None:
     assert 300 in slash[0].tolist()
 
 
-def test_ties_go_to_the_lower_index(isa: str) -> None:
-    q, k = torch.zeros(1, 1, 64), torch.randn(256, 1, 64)  # uniform weights: every score is equal
+def test_ties_go_to_the_lower_index(kernels: str) -> None:
+    q, k = torch.zeros(1, 1, 64).bfloat16(), torch.randn(256, 1, 64).bfloat16()  # uniform weights: every score is equal
     vertical, slash = ops.select_vertical_slash(q, k, vertical_size=50, slash_size=120)
     assert vertical[0].tolist() == list(range(50))
     assert slash[0].tolist() == list(range(120))
@@ -127,11 +127,11 @@ SCORES = {
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-def test_top_indexes(scores: Tensor) -> None:
+def test_top_indexes(scores: Tensor, kernels: str) -> None:
     """Against a stable sort, exactly; sizes from none to more than there are."""
     sizes = [0, 1, 5, 100, 500, 998, 999, 2000]
     order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)
-    selected = torch.ops.qwen_sparse.top_indexes(scores.expand(len(sizes), -1).contiguous(), sizes, 0)
+    selected = ops._ops.top_indexes(scores.expand(len(sizes), -1).contiguous(), sizes, 0)
     assert selected.shape == (len(sizes), 999)
     for row, size in zip(selected, sizes, strict=True):
         count = min(size, 999)
@@ -139,26 +139,26 @@ def test_top_indexes(scores: Tensor) -> None:
         assert (row[count:] == -1).all()
 
 
-def test_top_indexes_forces_the_first() -> None:
+def test_top_indexes_forces_the_first(kernels: str) -> None:
     scores = torch.full((3, 64), 5.0)
     scores[:, 40:] = torch.inf
     scores[:, 3] = torch.nan
-    selected = torch.ops.qwen_sparse.top_indexes(scores, [2, 12, 40], 10)
+    selected = ops._ops.top_indexes(scores, [2, 12, 40], 10)
     assert selected[0].tolist() == [0, 1, *[-1] * 38]
     assert selected[1].tolist() == [*range(10), 40, 41, *[-1] * 28]
     assert selected[2].tolist() == [*range(16), *range(40, 64)]
 
 
 @pytest.mark.parametrize("last_q", [1, 63, 64])
-def test_select_across_splits_of_the_keys(last_q: int, isa: str) -> None:
+def test_select_across_splits_of_the_keys(last_q: int, kernels: str) -> None:
     """Diagonals that cross from one task's keys to the next; ragged last tile; all heads of a group."""
-    q, k, _ = random_qkv(64, 2 * 4096 + 205, 3, 1, 64, torch.float32)
+    q, k, _ = random_qkv(64, 2 * 4096 + 205, 3, 1, 64, torch.bfloat16)
     check(q, k, vertical_size=700, slash_size=4500, last_q=last_q)
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.3])
-def test_any_softmax_scale(softmax_scale: float, isa: str) -> None:
-    q, k, _ = random_qkv(64, 300, 2, 1, 64, torch.float32)
+def test_any_softmax_scale(softmax_scale: float, kernels: str) -> None:
+    q, k, _ = random_qkv(64, 300, 2, 1, 64, torch.bfloat16)
     check(q, k, vertical_size=60, slash_size=130, softmax_scale=softmax_scale)
 
 
@@ -194,8 +194,8 @@ def test_fewer_keys_than_voting_rows_is_refused() -> None:
         ops.select_vertical_slash(q64, k64[:10], vertical_size=5, slash_size=5)
 
 
-def test_nan_scores_come_last(isa: str) -> None:
-    q, k, _ = random_qkv(64, 300, 1, 1, 64, torch.float32)
+def test_nan_scores_come_last(kernels: str) -> None:
+    q, k, _ = random_qkv(64, 300, 1, 1, 64, torch.bfloat16)
     q[:] = float("nan")
     vertical, slash = ops.select_vertical_slash(q, k, vertical_size=50, slash_size=120)
     assert vertical[0].tolist() == list(range(50))
