@@ -27,8 +27,8 @@ struct Backend {
   void (*select_scores)(const SelectParams&, Launch);
   void (*top_indexes)(const TopIndexesParams&, Launch);
   void (*rotary)(const RotaryParams&, Launch);
-  void (*quantize_kv)(const QuantizeParams&, Launch);
-  void (*dequantize_kv)(const QuantizeParams&, Launch);
+  void (*store_kv)(const StoreParams&, Launch);
+  void (*dequantize_kv)(const DequantizeParams&, Launch);
   void (*gather_kv)(const GatherParams&, Launch);
   void (*decode_attention)(const DecodeParams&, Launch);
 };

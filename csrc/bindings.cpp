@@ -42,6 +42,10 @@ QWEN_SPARSE_LIBRARY(QWEN_SPARSE_OP_NAMESPACE, m) {
       "dequantize_kv(Tensor k, Tensor k_scale, Tensor v, Tensor v_scale, Tensor? k_bias, Tensor? positions,"
       " Tensor? inv_freq, float attention_factor, ScalarType dtype) -> (Tensor k_out, Tensor v_out)");
   m.def(
+      "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+      " Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? k_bias, Tensor? positions, Tensor? inv_freq,"
+      " float attention_factor) -> ()");
+  m.def(
       "gather_kv(Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor? k_scale, Tensor? v_scale, Tensor? k_bias,"
       " Tensor? inv_freq, float attention_factor, int? chunk_len, Tensor(a!) k_out, Tensor(b!) v_out) -> ()");
   m.def(
@@ -62,6 +66,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rotary_dual_chunk", TORCH_BOX(&api::rotary_dual_chunk));
   m.impl("quantize_kv", TORCH_BOX(&api::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&api::dequantize_kv));
+  m.impl("store_kv", TORCH_BOX(&api::store_kv));
   m.impl("gather_kv", TORCH_BOX(&api::gather_kv));
   m.impl("decode_attention", TORCH_BOX(&api::decode_attention));
 }

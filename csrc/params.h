@@ -1,6 +1,6 @@
 // Plain parameter structs that cross from the torch-facing layer (api/) to the kernels (cpu/, cuda/).
-// No torch here. Strides count elements; the last dimension is always contiguous. `workspace` is scratch memory, as much
-// as the backend asks for (backend.h).
+// No torch here. Strides count elements; the last dimension is always contiguous. `workspace` is scratch memory, as
+// much as the backend asks for (backend.h).
 #pragma once
 
 #include <cstdint>
@@ -108,26 +108,46 @@ struct RotatedBias {
   double attention_factor = 1.0;
 };
 
-struct QuantizeParams {
-  DType dtype = DType::kFloat32;
-  int64_t num_rows = 0;
-  int64_t num_kv_heads = 0;
-  int64_t head_dim = 0;
-  Rows k, v;              // quantize: dtype; dequantize: int8
-  Rows k_scale, v_scale;  // dequantize: float32 [num_rows, num_kv_heads]
-  RotatedBias bias;
-  void* k_out = nullptr;  // quantize: int8; dequantize: dtype; [num_rows, num_kv_heads, head_dim]
-  void* v_out = nullptr;
-  float* k_scale_out = nullptr;  // quantize: [num_rows, num_kv_heads]
-  float* v_scale_out = nullptr;
-};
-
 // [num_pages, page_size, num_kv_heads, head_dim] (or without head_dim for scales), strided
 struct Pages {
   const void* data = nullptr;
   int64_t page_stride = 0;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
+};
+struct MutablePages {
+  void* data = nullptr;
+  int64_t page_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// Keys and values into pages, quantised where these are int8. Slot s is row s % page_size of page s / page_size.
+struct StoreParams {
+  DType dtype = DType::kFloat32;        // of k and v
+  DType cache_dtype = DType::kFloat32;  // dtype, or int8
+  int64_t num_rows = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  Rows k, v;                              // [num_rows, num_kv_heads, head_dim]
+  const int64_t* slot_mapping = nullptr;  // [num_rows], distinct; null: row i goes to slot i
+  int64_t page_size = 0;
+  int64_t num_pages = 0;
+  RotatedBias bias;  // int8 only
+  MutablePages k_cache, v_cache;
+  MutablePages k_scale, v_scale;  // float32, int8 only
+};
+
+struct DequantizeParams {
+  DType dtype = DType::kFloat32;  // of the result
+  int64_t num_rows = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  Rows k, v;              // int8 [num_rows, num_kv_heads, head_dim]
+  Rows k_scale, v_scale;  // float32 [num_rows, num_kv_heads]
+  RotatedBias bias;
+  void* k_out = nullptr;  // [num_rows, num_kv_heads, head_dim]
+  void* v_out = nullptr;
 };
 
 // Paged keys and values to contiguous ones.
@@ -165,9 +185,9 @@ struct DecodeParams {
   int64_t chunk_len = 0;
   int64_t window = kNoWindow;
   float softmax_scale = 1.0f;
-  void* out = nullptr;         // [batch, seqlen_q, num_heads, head_dim]
-  float* lse = nullptr;        // [batch, seqlen_q, num_heads]
-  void* workspace = nullptr; 
+  void* out = nullptr;   // [batch, seqlen_q, num_heads, head_dim]
+  float* lse = nullptr;  // [batch, seqlen_q, num_heads]
+  void* workspace = nullptr;
 };
 
 }  // namespace qwen_sparse

@@ -32,6 +32,10 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "rotary_dual_chunk": (q, k[:70], POSITIONS, INV_FREQ, 1.0, 128, 64, 64),
     "quantize_kv": (k[:70], v[:70], torch.randn(2, 64), POSITIONS, INV_FREQ, 1.0),
     "dequantize_kv": (*QUANTIZED, None, None, None, 1.0, torch.bfloat16),
+    "store_kv": (
+        k[:20], v[:20], *(torch.zeros(3, 16, 2, 64, dtype=torch.int8) for _ in range(2)), torch.arange(20).flip(0) + 9,
+        *(torch.zeros(3, 16, 2) for _ in range(2)), torch.randn(2, 64), POSITIONS[:20], INV_FREQ, 1.0
+    ),
     "gather_kv": (
         *PAGES, TABLE[0], None, None, None, None, 1.0, None, torch.empty(20, 2, 64), torch.empty(20, 2, 64)
     ),

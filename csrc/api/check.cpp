@@ -236,4 +236,8 @@ Pages pages_of(const Tensor& cache) {
   return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
+MutablePages mutable_pages_of(Tensor& cache) {
+  return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
 }  // namespace qwen_sparse::api

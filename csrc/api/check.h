@@ -76,5 +76,6 @@ void check_scales(const char* op, const Tensor& k_cache, const OptionalTensor& k
 
 Rows rows_of(const Tensor& tensor);
 Pages pages_of(const Tensor& cache);
+MutablePages mutable_pages_of(Tensor& cache);
 
 }  // namespace qwen_sparse::api

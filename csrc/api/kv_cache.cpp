@@ -1,10 +1,11 @@
-// int8 quantisation of keys and values, and their way out of the pages.
+// Keys and values on their way into pages, int8 or not, and out of them.
 #include "api/ops.h"
 
 namespace qwen_sparse::api {
 namespace {
 
-void check_kv(const char* op, QuantizeParams& params, const Tensor& k, const Tensor& v) {
+template <typename Params>
+void check_kv(const char* op, Params& params, const Tensor& k, const Tensor& v) {
   check_shape(op, "k", k, {{"n"}, {"num_kv_heads"}, {"head_dim"}});
   params.num_rows = k.size(0);
   params.num_kv_heads = k.size(1);
@@ -17,15 +18,31 @@ void check_kv(const char* op, QuantizeParams& params, const Tensor& k, const Ten
   params.v = rows_of(v);
 }
 
+// Caches, and whether they are int8, beside rows [n, num_kv_heads, head_dim] outside of them.
+bool check_pages(const char* op, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
+                 const OptionalTensor& v_scale, const OptionalTensor& k_bias, const char* rows_name,
+                 const Tensor& rows) {
+  check_caches(op, k_cache, v_cache, rows.scalar_type(), rows_name, rows.size(2));
+  check(k_cache.size(2) == rows.size(1), op, "k_cache must have num_kv_heads = ", rows.size(1), " (that of ", rows_name,
+        "), got ", k_cache.size(2));
+  check_scales(op, k_cache, k_scale, v_scale);
+  const bool is_int8 = k_scale.has_value();
+  check(is_int8 || !k_bias.has_value(), op, "k_bias must be given for int8 caches only");
+  return is_int8;
+}
+
+// A contiguous tensor of rows as one page.
+MutablePages page_of(Tensor& rows) { return {rows.mutable_data_ptr(), 0, rows.stride(0), rows.stride(1)}; }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Tensor& v, const OptionalTensor& k_bias,
                                                        const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                                        double attention_factor) {
   constexpr const char* kOp = "quantize_kv";
-  const Device device = check_device(
-      kOp, {{"k", k}, {"v", v}, {"k_bias", k_bias}, {"positions", positions}, {"inv_freq", inv_freq}});
-  QuantizeParams params;
+  const Device device =
+      check_device(kOp, {{"k", k}, {"v", v}, {"k_bias", k_bias}, {"positions", positions}, {"inv_freq", inv_freq}});
+  StoreParams params;
   check_kv(kOp, params, k, v);
   params.dtype = check_float_dtype(kOp, "k", k);
   params.bias = check_bias(kOp, k_bias, &positions, inv_freq, attention_factor, params.num_rows, params.num_kv_heads,
@@ -35,11 +52,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_kv(const Tensor& k, const Te
   };
   const auto scales = [&] { return empty(k, {params.num_rows, params.num_kv_heads}, ScalarType::Float); };
   Tensor k_out = values(), v_out = values(), k_scale = scales(), v_scale = scales();
-  params.k_out = k_out.mutable_data_ptr();
-  params.v_out = v_out.mutable_data_ptr();
-  params.k_scale_out = static_cast<float*>(k_scale.mutable_data_ptr());
-  params.v_scale_out = static_cast<float*>(v_scale.mutable_data_ptr());
-  device.backend().quantize_kv(params, device.launch());
+  params.cache_dtype = DType::kInt8;
+  params.num_pages = 1;
+  params.page_size = params.num_rows;
+  params.k_cache = page_of(k_out);
+  params.v_cache = page_of(v_out);
+  params.k_scale = page_of(k_scale);
+  params.v_scale = page_of(v_scale);
+  device.backend().store_kv(params, device.launch());
   return {k_out, k_scale, v_out, v_scale};
 }
 
@@ -48,13 +68,13 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
                                          const OptionalTensor& inv_freq, double attention_factor, ScalarType dtype) {
   constexpr const char* kOp = "dequantize_kv";
   const Device device = check_device(kOp, {{"k", k},
-                                            {"k_scale", k_scale},
-                                            {"v", v},
-                                            {"v_scale", v_scale},
-                                            {"k_bias", k_bias},
-                                            {"positions", positions},
-                                            {"inv_freq", inv_freq}});
-  QuantizeParams params;
+                                           {"k_scale", k_scale},
+                                           {"v", v},
+                                           {"v_scale", v_scale},
+                                           {"k_bias", k_bias},
+                                           {"positions", positions},
+                                           {"inv_freq", inv_freq}});
+  DequantizeParams params;
   check_kv(kOp, params, k, v);
   check_dtype(kOp, "k", k, ScalarType::Char);
   for (const auto& [name, scale] : {std::pair{"k_scale", &k_scale}, std::pair{"v_scale", &v_scale}}) {
@@ -67,9 +87,7 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
                            params.head_dim);
   check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp,
         "dtype must be float32, bfloat16 or float16, got ", name_of(dtype));
-  const auto values = [&] {
-    return empty(k, {params.num_rows, params.num_kv_heads, params.head_dim}, dtype);
-  };
+  const auto values = [&] { return empty(k, {params.num_rows, params.num_kv_heads, params.head_dim}, dtype); };
   Tensor k_out = values(), v_out = values();
   params.dtype = check_float_dtype(kOp, "dtype", k_out);
   params.k_out = k_out.mutable_data_ptr();
@@ -78,19 +96,61 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
   return {k_out, v_out};
 }
 
+void store_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping,
+              OptionalTensor k_scale, OptionalTensor v_scale, const OptionalTensor& k_bias,
+              const OptionalTensor& positions, const OptionalTensor& inv_freq, double attention_factor) {
+  constexpr const char* kOp = "store_kv";
+  const Device device = check_device(kOp, {{"k", k},
+                                           {"v", v},
+                                           {"k_cache", k_cache},
+                                           {"v_cache", v_cache},
+                                           {"slot_mapping", slot_mapping},
+                                           {"k_scale", k_scale},
+                                           {"v_scale", v_scale},
+                                           {"k_bias", k_bias},
+                                           {"positions", positions},
+                                           {"inv_freq", inv_freq}});
+  StoreParams params;
+  check_kv(kOp, params, k, v);
+  params.dtype = check_float_dtype(kOp, "k", k);
+  const bool is_int8 = check_pages(kOp, k_cache, v_cache, k_scale, v_scale, k_bias, "k", k);
+  params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
+  params.num_pages = k_cache.size(0);
+  params.page_size = k_cache.size(1);
+  params.bias = check_bias(kOp, k_bias, &positions, inv_freq, attention_factor, params.num_rows, params.num_kv_heads,
+                           params.head_dim);
+
+  check_shape(kOp, "slot_mapping", slot_mapping, {{"n", params.num_rows}});
+  check_dtype(kOp, "slot_mapping", slot_mapping, ScalarType::Long);
+  params.slot_mapping = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
+  const int64_t num_slots = params.num_pages * params.page_size;
+  for (int64_t i = 0; device.is_host() && i < params.num_rows; ++i) {
+    check(params.slot_mapping[i] >= 0 && params.slot_mapping[i] < num_slots, kOp,
+          "slot_mapping must lie in [0, num_pages * page_size = ", num_slots, "), got ", params.slot_mapping[i],
+          " at [", i, "]");
+  }
+  params.k_cache = mutable_pages_of(k_cache);
+  params.v_cache = mutable_pages_of(v_cache);
+  if (is_int8) {
+    params.k_scale = mutable_pages_of(*k_scale);
+    params.v_scale = mutable_pages_of(*v_scale);
+  }
+  device.backend().store_kv(params, device.launch());
+}
+
 void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const OptionalTensor& k_scale,
                const OptionalTensor& v_scale, const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
                double attention_factor, std::optional<int64_t> chunk_len, Tensor k_out, Tensor v_out) {
   constexpr const char* kOp = "gather_kv";
   const Device device = check_device(kOp, {{"k_cache", k_cache},
-                                            {"v_cache", v_cache},
-                                            {"block_table", block_table},
-                                            {"k_scale", k_scale},
-                                            {"v_scale", v_scale},
-                                            {"k_bias", k_bias},
-                                            {"inv_freq", inv_freq},
-                                            {"k_out", k_out},
-                                            {"v_out", v_out}});
+                                           {"v_cache", v_cache},
+                                           {"block_table", block_table},
+                                           {"k_scale", k_scale},
+                                           {"v_scale", v_scale},
+                                           {"k_bias", k_bias},
+                                           {"inv_freq", inv_freq},
+                                           {"k_out", k_out},
+                                           {"v_out", v_out}});
   GatherParams params;
   check_shape(kOp, "k_out", k_out, {{"n"}, {"num_kv_heads"}, {"head_dim"}});
   params.dtype = check_float_dtype(kOp, "k_out", k_out);
@@ -106,12 +166,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
           " must have contiguous rows, got a head stride of ", out->stride(1));
   }
 
-  check_caches(kOp, k_cache, v_cache, k_out.scalar_type(), "k_out", params.head_dim);
-  check(k_cache.size(2) == params.num_kv_heads, kOp, "k_cache must have num_kv_heads = ", params.num_kv_heads,
-        " (that of k_out), got ", k_cache.size(2));
-  check_scales(kOp, k_cache, k_scale, v_scale);
-  const bool is_int8 = k_scale.has_value();
-  check(is_int8 || !k_bias.has_value(), kOp, "k_bias must be given for int8 caches only");
+  const bool is_int8 = check_pages(kOp, k_cache, v_cache, k_scale, v_scale, k_bias, "k_out", k_out);
   params.cache_dtype = is_int8 ? DType::kInt8 : params.dtype;
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);

@@ -49,6 +49,11 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& k, const Tensor& k_scale,
                                          const OptionalTensor& k_bias, const OptionalTensor& positions,
                                          const OptionalTensor& inv_freq, double attention_factor, ScalarType dtype);
 
+// Writes row i of k and v to slot slot_mapping[i] of the pages.
+void store_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping,
+              OptionalTensor k_scale, OptionalTensor v_scale, const OptionalTensor& k_bias,
+              const OptionalTensor& positions, const OptionalTensor& inv_freq, double attention_factor);
+
 // Fills k_out and v_out with the first k_out.size(0) keys and values of the pages.
 void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const OptionalTensor& k_scale,
                const OptionalTensor& v_scale, const OptionalTensor& k_bias, const OptionalTensor& inv_freq,

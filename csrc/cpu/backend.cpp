@@ -41,8 +41,8 @@ const Backend& backend() {
       [](const SelectParams& p, Launch) { kernels().select_scores(p); },
       [](const TopIndexesParams& p, Launch) { top_indexes(p); },
       [](const RotaryParams& p, Launch) { kernels().rotary(p); },
-      [](const QuantizeParams& p, Launch) { kernels().quantize_kv(p); },
-      [](const QuantizeParams& p, Launch) { kernels().dequantize_kv(p); },
+      [](const StoreParams& p, Launch) { kernels().store_kv(p); },
+      [](const DequantizeParams& p, Launch) { kernels().dequantize_kv(p); },
       [](const GatherParams& p, Launch) { kernels().gather_kv(p); },
       [](const DecodeParams& p, Launch) { kernels().decode_attention(p); },
   };

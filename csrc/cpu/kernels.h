@@ -14,8 +14,8 @@ struct Kernels {
   void (*attention)(const AttentionParams&, const HeadIndexView* heads);  // heads: null when dense
   void (*select_scores)(const SelectParams&);
   void (*rotary)(const RotaryParams&);
-  void (*quantize_kv)(const QuantizeParams&);
-  void (*dequantize_kv)(const QuantizeParams&);
+  void (*store_kv)(const StoreParams&);
+  void (*dequantize_kv)(const DequantizeParams&);
   void (*gather_kv)(const GatherParams&);
   void (*decode_attention)(const DecodeParams&);
 };

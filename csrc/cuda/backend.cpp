@@ -16,7 +16,7 @@ const Backend* backend() {
       sm80::select_scores,
       smxx::top_indexes,
       smxx::rotary,
-      smxx::quantize_kv,
+      smxx::store_kv,
       smxx::dequantize_kv,
       smxx::gather_kv,
       sm80::decode_attention,

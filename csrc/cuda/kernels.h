@@ -10,8 +10,8 @@ namespace smxx {
 int64_t top_indexes_workspace(const TopIndexesParams& p);
 void top_indexes(const TopIndexesParams& p, Launch launch);
 void rotary(const RotaryParams& p, Launch launch);
-void quantize_kv(const QuantizeParams& p, Launch launch);
-void dequantize_kv(const QuantizeParams& p, Launch launch);
+void store_kv(const StoreParams& p, Launch launch);
+void dequantize_kv(const DequantizeParams& p, Launch launch);
 void gather_kv(const GatherParams& p, Launch launch);
 }  // namespace smxx
 

@@ -135,6 +135,23 @@ def _dequantize_kv(
     return k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
 
 
+@_fake("store_kv")
+def _store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_bias: Tensor | None,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    attention_factor: float,
+) -> None:
+    return None
+
+
 @_fake("gather_kv")
 def _gather_kv(
     k_cache: Tensor,

@@ -23,7 +23,7 @@ _GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(
 
 
 class _BiasArguments(TypedDict, total=False):
-    """The keyword arguments that quantize_kv, gather_kv and decode_attention need when keys carry a bias."""
+    """The keyword arguments that store_kv, gather_kv and decode_attention need when keys carry a bias."""
 
     k_bias: Tensor
     inv_freq: Tensor
@@ -219,23 +219,24 @@ class PagedKVCache:
         end = start + k.shape[0]
         if end > self.capacity:
             self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
-        values: tuple[Tensor, ...] = (k, v)
-        if self.is_int8:
-            bias = self.bias_arguments(layer)
-            positions = torch.arange(start, end, device=self.device) if bias else None
-            if positions is not None and self.rotation is not None and self.rotation.chunk_len is not None:
-                positions %= self.rotation.chunk_len
-            k_int8, k_scale, v_int8, v_scale = ops.quantize_kv(k, v, positions=positions, **bias)
-            values = (k_int8, v_int8, k_scale, v_scale)
-        pools = [pool.flatten(0, 1) for pool in self._layers[layer] if pool is not None]
-        if self._consecutive:
-            for pool, value in zip(pools, values, strict=True):
-                pool[start:end].copy_(value)
-            return
-        positions = torch.arange(start, end, device=self.device)
-        slot_mapping = self.block_table[0, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-        for pool, value in zip(pools, values, strict=True):
-            pool.index_copy_(0, slot_mapping, value)
+        positions = slot_mapping = torch.arange(start, end, device=self.device)
+        if not self._consecutive:
+            slot_mapping = self.block_table[0, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        bias = self.bias_arguments(layer)
+        if bias and self.rotation is not None and self.rotation.chunk_len is not None:
+            positions = positions % self.rotation.chunk_len
+        pages = self._layers[layer]
+        ops.store_kv(
+            k,
+            v,
+            pages.k,
+            pages.v,
+            slot_mapping,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            positions=positions if bias else None,
+            **bias,
+        )
 
     def bias_arguments(self, layer: int) -> _BiasArguments:
         """What the ops that read or write int8 pages need to know of the layer's key bias; empty without one."""

@@ -32,6 +32,7 @@ __all__ = [
     "quantize_kv",
     "rotary",
     "select_vertical_slash",
+    "store_kv",
     "vertical_slash_attention",
 ]
 
@@ -345,6 +346,37 @@ def dequantize_kv(
     """
     full_k, full_v = _ops.dequantize_kv(k, k_scale, v, v_scale, k_bias, positions, inv_freq, attention_factor, dtype)
     return full_k, full_v
+
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_factor: float = 1.0,
+) -> None:
+    """Write keys and values to slots of a paged cache; where it is int8, quantised as by :func:`quantize_kv`.
+
+    Args:
+        k: rotated keys ``[n, num_kv_heads, head_dim]``.
+        v: values, shaped like ``k``.
+        k_cache, v_cache: written; ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of ``k`` or int8.
+        slot_mapping: int64 ``[n]``: row i goes to row ``slot % page_size`` of page ``slot // page_size``. Slots must be
+            distinct: what two rows leave in one slot is undefined. On a GPU, rows without an existing slot are skipped.
+        k_scale, v_scale: written; float32 ``[num_pages, page_size, num_kv_heads]``; required for int8 caches.
+        k_bias, positions, inv_freq, attention_factor: as in :func:`quantize_kv`; for int8 caches only.
+
+    Raises:
+        ValueError: a shape or dtype rule is broken, or (on the CPU) a slot does not exist.
+    """
+    _ops.store_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, k_bias, positions, inv_freq, attention_factor)
 
 
 def gather_kv(

@@ -26,6 +26,7 @@ __all__ = [
     "quantize_kv",
     "rotary",
     "select_vertical_slash",
+    "store_kv",
     "vertical_slash_attention",
     "vertical_slash_mask",
 ]
@@ -338,6 +339,30 @@ def dequantize_kv(
     bias = _rotated_bias(k.shape, k_bias, positions, inv_freq, attention_factor)
     full_k = k.double() * k_scale.double().unsqueeze(-1) + bias
     return full_k.to(dtype), (v.double() * v_scale.double().unsqueeze(-1)).to(dtype)
+
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_factor: float = 1.0,
+) -> None:
+    """Rows to slots of the pages, quantised where they are int8."""
+    pages, rows = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
+    if k_scale is not None and v_scale is not None:
+        k, k_scale[pages, rows], v, v_scale[pages, rows] = quantize_kv(
+            k, v, k_bias=k_bias, positions=positions, inv_freq=inv_freq, attention_factor=attention_factor
+        )
+    k_cache[pages, rows] = k
+    v_cache[pages, rows] = v
 
 
 def gather_kv(

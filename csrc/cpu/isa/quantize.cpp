@@ -1,4 +1,5 @@
-// int8 keys and values: symmetric, one scale per token and kv head, keys minus their rotated bias.
+// Keys and values into pages and, from int8, back. int8 is symmetric, one scale per token and kv head, keys minus their
+// rotated bias.
 //
 // Residuals, scales and rounding are computed in double, so that every instruction set stores the same bytes.
 #include "cpu/isa/trig.h"
@@ -72,26 +73,55 @@ QWEN_SPARSE_INLINE const T* row_of(const Rows& rows, int64_t row, int64_t head) 
   return static_cast<const T*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
 }
 
+// Where a row goes.
+struct Slot {
+  int64_t page;
+  int64_t row;
+
+  template <typename T>
+  T* in(const MutablePages& pages, int64_t head) const {
+    return static_cast<T*>(pages.data) + page * pages.page_stride + row * pages.row_stride + head * pages.head_stride;
+  }
+};
+
 template <typename T>
-void quantize_task(const QuantizeParams& p, int64_t task) {
-  BiasRotator bias(p.bias, p.head_dim);
+void quantize_heads(const StoreParams& p, int64_t row, const BiasRotator& bias, const Slot& slot) {
   double rotated[2 * kMaxHalfDim];
+  for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+    bias.rotated(head, rotated);
+    *slot.in<float>(p.k_scale, head) =
+        quantize_row(row_of<T>(p.k, row, head), rotated, p.head_dim, slot.in<int8_t>(p.k_cache, head));
+    *slot.in<float>(p.v_scale, head) =
+        quantize_row(row_of<T>(p.v, row, head), nullptr, p.head_dim, slot.in<int8_t>(p.v_cache, head));
+  }
+}
+
+template <typename T>
+void copy_heads(const StoreParams& p, int64_t row, const Slot& slot) {
+  for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+    memcpy(slot.in<T>(p.k_cache, head), row_of<T>(p.k, row, head), p.head_dim * sizeof(T));
+    memcpy(slot.in<T>(p.v_cache, head), row_of<T>(p.v, row, head), p.head_dim * sizeof(T));
+  }
+}
+
+template <typename T>
+void store_task(const StoreParams& p, int64_t task) {
+  BiasRotator bias(p.bias, p.head_dim);
   const int64_t end = min(p.num_rows, (task + 1) * kRowsPerTask);
   for (int64_t row = task * kRowsPerTask; row < end; ++row) {
-    bias.set_row(row);
-    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      const int64_t index = row * p.num_kv_heads + head;
-      int8_t* k_out = static_cast<int8_t*>(p.k_out) + index * p.head_dim;
-      int8_t* v_out = static_cast<int8_t*>(p.v_out) + index * p.head_dim;
-      bias.rotated(head, rotated);
-      p.k_scale_out[index] = quantize_row(row_of<T>(p.k, row, head), rotated, p.head_dim, k_out);
-      p.v_scale_out[index] = quantize_row(row_of<T>(p.v, row, head), nullptr, p.head_dim, v_out);
+    const int64_t index = p.slot_mapping == nullptr ? row : p.slot_mapping[row];
+    const Slot slot{index / p.page_size, index % p.page_size};
+    if (p.cache_dtype == DType::kInt8) {
+      bias.set_row(row);
+      quantize_heads<T>(p, row, bias, slot);
+    } else {
+      copy_heads<T>(p, row, slot);
     }
   }
 }
 
 template <typename T>
-void dequantize_task(const QuantizeParams& p, int64_t task) {
+void dequantize_task(const DequantizeParams& p, int64_t task) {
   BiasRotator bias(p.bias, p.head_dim);
   double rotated[2 * kMaxHalfDim];
   float rotated_f[2 * kMaxHalfDim];
@@ -116,14 +146,14 @@ void dequantize_task(const QuantizeParams& p, int64_t task) {
 
 }  // namespace
 
-void quantize_kv(const QuantizeParams& params) {
+void store_kv(const StoreParams& params) {
   dispatch_float(params.dtype, [&](auto type) {
     parallel_tasks(ceil_div(params.num_rows, kRowsPerTask), 0,
-                   [&](int64_t task, std::byte*) { quantize_task<decltype(type)>(params, task); });
+                   [&](int64_t task, std::byte*) { store_task<decltype(type)>(params, task); });
   });
 }
 
-void dequantize_kv(const QuantizeParams& params) {
+void dequantize_kv(const DequantizeParams& params) {
   dispatch_float(params.dtype, [&](auto type) {
     parallel_tasks(ceil_div(params.num_rows, kRowsPerTask), 0,
                    [&](int64_t task, std::byte*) { dequantize_task<decltype(type)>(params, task); });

@@ -69,6 +69,10 @@ inline bool is_aligned(const Pages& pages, int64_t element_bytes) {
          pages.page_stride * element_bytes % 16 == 0;
 }
 
+inline bool is_aligned(const MutablePages& pages, int64_t element_bytes) {
+  return is_aligned(Pages{pages.data, pages.page_stride, pages.row_stride, pages.head_stride}, element_bytes);
+}
+
 // Kernels read rows in pieces of 16 bytes.
 inline void check_alignment(const char* op, const char* name, const Rows& rows, int64_t element_bytes) {
   if (is_aligned(rows, element_bytes)) return;

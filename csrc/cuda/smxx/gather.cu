@@ -6,12 +6,12 @@
 // memory, in the order in which the lanes of a warp read them.
 //
 // gather_int8  a CTA takes up to kHeads heads of every gridDim.x-th segment; each thread 16 bytes of both halves of a
-// key
-//              and of a value at a time. Chunks of dual-chunk attention start at segments.
+//              key and of a value at a time. Chunks of dual-chunk attention start at segments.
 // gather_copy  one CTA per segment, 16 bytes of a key and of a value per thread at a time
 //
 // Both are bound by memory: 3 bytes move per element of int8, 4 per 16-bit element, half of that or more being writes.
 #include "cuda/common/launch.h"
+#include "cuda/common/pages.h"
 #include "cuda/common/rotation.h"
 #include "cuda/common/vector.h"
 #include "cuda/kernels.h"
@@ -27,30 +27,20 @@ constexpr int kTableStep = 8;  // R_t is R_{8 (t / 8)} R_{t % 8}: 12 sines per c
 
 static_assert(kBlockM % kSegment == 0, "chunk lengths are multiples of kBlockM; segments must not straddle chunks");
 
-// Where a key is; page < 0: nowhere.
-struct Location {
-  int32_t page;
-  int32_t row;
-};
+using cuda::address;
+using cuda::Location;
 
 // The keys [begin, begin + count), by the last warp. A barrier must follow.
-__device__ __forceinline__ void locate(const GatherParams& p, int64_t begin, int count, Location* locations) {
+__device__ __forceinline__ void locate_keys(const GatherParams& p, int64_t begin, int count, Location* locations) {
   static_assert(kSegment == 32, "one key per lane");
   const int t = static_cast<int>(threadIdx.x) - (kThreads - kSegment);
   if (t < 0 || t >= count) return;
   const int64_t index = (begin + t) / p.page_size;
-  const int32_t page = p.block_table[index];
-  locations[t] = {page < p.num_pages ? page : -1, static_cast<int32_t>(begin + t - index * p.page_size)};
+  locations[t] = cuda::locate(p.block_table[index], begin + t - index * p.page_size, p.num_pages);
 }
 
 template <typename T>
-__device__ __forceinline__ const T* address(const Pages& pages, const Location& location, int head) {
-  return static_cast<const T*>(pages.data) + location.page * pages.page_stride + location.row * pages.row_stride +
-         head * pages.head_stride;
-}
-
-template <typename T>
-__device__ __forceinline__ T* address(void* out, int64_t stride, int64_t key, int head, int head_dim) {
+__device__ __forceinline__ T* out_address(void* out, int64_t stride, int64_t key, int head, int head_dim) {
   return static_cast<T*>(out) + key * stride + head * head_dim;
 }
 
@@ -162,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   for (int64_t begin = int64_t{blockIdx.x} * kSegment; begin < p.num_keys; begin += int64_t{gridDim.x} * kSegment) {
     const int count = p.num_keys - begin < kSegment ? static_cast<int>(p.num_keys - begin) : kSegment;
     __syncthreads();  // the table is complete; nobody reads the segment before
-    locate(p, begin, count, locations);
+    locate_keys(p, begin, count, locations);
     if constexpr (kBias) {
       const int64_t position = p.chunk_len == 0 ? begin : begin % p.chunk_len;
       make_biases<kHeadDim>(p.bias, position, first_head, num_heads, biases.of);
@@ -174,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       const Location location = locations[t];
       Bytes k_first{}, k_second{}, v_first{}, v_second{};
       float k_scale = 0.0f, v_scale = 0.0f;
-      if (location.page >= 0) {
+      if (location.exists()) {
         const int8_t* k = address<int8_t>(p.k, location, first_head + head) + channel;
         const int8_t* v = address<int8_t>(p.v, location, first_head + head) + channel;
         k_first = Bytes::load(k, aligned);
@@ -188,14 +178,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       to_scaled_floats(k_first, k_scale, first);
       to_scaled_floats(k_second, k_scale, second);
       if constexpr (kBias) {
-        if (location.page >= 0) {
+        if (location.exists()) {
           add_bias<kHeadDim>(table[t], biases.of + head * L::kHeadStride, lane, first, second);
         }
       }
-      T* k_out = address<T>(p.k_out, p.k_out_stride, begin + t, first_head + head, kHeadDim) + channel;
+      T* k_out = out_address<T>(p.k_out, p.k_out_stride, begin + t, first_head + head, kHeadDim) + channel;
       cuda::from_floats<T>(first).store(k_out, aligned);
       cuda::from_floats<T>(second).store(k_out + L::kHalf, aligned);
-      T* v_out = address<T>(p.v_out, p.v_out_stride, begin + t, first_head + head, kHeadDim) + channel;
+      T* v_out = out_address<T>(p.v_out, p.v_out_stride, begin + t, first_head + head, kHeadDim) + channel;
       to_scaled_floats(v_first, v_scale, first);
       to_scaled_floats(v_second, v_scale, second);
       cuda::from_floats<T>(first).store(v_out, aligned);
@@ -213,19 +203,19 @@ __global__ void __launch_bounds__(kThreads) gather_copy(__grid_constant__ const 
   const int64_t begin = int64_t{blockIdx.x} * kSegment;
   const int count = p.num_keys - begin < kSegment ? static_cast<int>(p.num_keys - begin) : kSegment;
   const int num_heads = static_cast<int>(p.num_kv_heads);
-  locate(p, begin, count, locations);
+  locate_keys(p, begin, count, locations);
   __syncthreads();
 #pragma unroll 1  // enough loads are in flight with eight CTAs per SM
   for (int i = threadIdx.x; i < count * num_heads * kPieces; i += kThreads) {
     const int channel = i % kPieces * kVector, head = i / kPieces % num_heads, t = i / kPieces / num_heads;
     const Location location = locations[t];
     Piece k{}, v{};
-    if (location.page >= 0) {
+    if (location.exists()) {
       k = Piece::load(address<T>(p.k, location, head) + channel, aligned);
       v = Piece::load(address<T>(p.v, location, head) + channel, aligned);
     }
-    k.store(address<T>(p.k_out, p.k_out_stride, begin + t, head, kHeadDim) + channel, aligned);
-    v.store(address<T>(p.v_out, p.v_out_stride, begin + t, head, kHeadDim) + channel, aligned);
+    k.store(out_address<T>(p.k_out, p.k_out_stride, begin + t, head, kHeadDim) + channel, aligned);
+    v.store(out_address<T>(p.v_out, p.v_out_stride, begin + t, head, kHeadDim) + channel, aligned);
   }
 }
 

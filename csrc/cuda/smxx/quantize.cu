@@ -1,13 +1,16 @@
-// int8 keys and values: symmetric, one scale per token and kv head, keys minus their rotated bias.
+// Keys and values into pages and, from int8, back. int8 is symmetric, one scale per token and kv head, keys minus their
+// rotated bias.
 //
 // A CTA takes kRows rows: cos and sin of each (row, channel pair) into shared memory, in double, then 4 to 16 lanes per
-// (row, head) of the keys and of the values, each with 16 bytes of both halves of the head.
+// (row, head) of the keys and of the values, each with 16 bytes of both halves of the head. store_plain, into pages of
+// the same dtype, copies 16 bytes of a key and of a value per thread.
 //
 // The definition is in double, and bytes and scales are those of the CPU. Few of the elements need double for that: a
 // residual that is exact (no bias) is a float, and quotients are formed in float unless that leaves the rounding open.
 #include <utility>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/pages.h"
 #include "cuda/common/rotation.h"
 #include "cuda/common/vector.h"
 #include "cuda/kernels.h"
@@ -20,7 +23,7 @@ constexpr int kRows = 8;
 
 using Rotations = double2[kRows][cuda::kMaxHalfDim];  // (cos, sin)
 
-// Of the rows [first_row, first_row + kRows). Ends with a barrier.
+// Of the rows [first_row, first_row + kRows). A barrier must follow.
 template <int kHalf>
 __device__ void make_rotations(const RotatedBias& bias, int64_t first_row, int64_t num_rows, Rotations& rotations) {
   if (bias.data == nullptr) return;
@@ -30,7 +33,16 @@ __device__ void make_rotations(const RotatedBias& bias, int64_t first_row, int64
     if (row >= num_rows) break;
     rotations[i / kHalf][channel] = cuda::cos_sin(bias.positions[row], bias.inv_freq[channel], bias.attention_factor);
   }
-  __syncthreads();
+}
+
+// Where the rows [first_row, first_row + kRows) go, by one thread each. A barrier must follow.
+__device__ void locate_rows(const StoreParams& p, int64_t first_row, cuda::Location (&locations)[kRows]) {
+  if (threadIdx.x >= kRows) return;
+  const int64_t row = first_row + threadIdx.x;
+  int64_t slot = -1;
+  if (row < p.num_rows) slot = p.slot_mapping == nullptr ? row : p.slot_mapping[row];
+  const int64_t page = slot < 0 ? -1 : slot / p.page_size;
+  locations[threadIdx.x] = cuda::locate(page, slot - page * p.page_size, p.num_pages);
 }
 
 // R b at `channel` of the first half and of the second; `b` is the head's bias.
@@ -132,16 +144,20 @@ __device__ __forceinline__ float quantize(const Residual (&r)[N], uint32_t (&wor
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) quantize_kernel(__grid_constant__ const QuantizeParams p, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 2) store_int8(__grid_constant__ const StoreParams p, bool aligned) {
   constexpr int kHalf = kHeadDim / 2;
   constexpr int kVector = 16 / sizeof(T);
   constexpr int kLanes = kHalf / kVector;
   __shared__ Rotations rotations;
+  __shared__ cuda::Location locations[kRows];
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
+  locate_rows(p, first_row, locations);
   make_rotations<kHalf>(p.bias, first_row, p.num_rows, rotations);
+  __syncthreads();
   for_each_item<kHalf, kVector>(static_cast<int>(p.num_kv_heads), [&](const Item& item, int channel) {
     const int64_t row = first_row + item.row;
-    const bool inside = row < p.num_rows;  // the others take part in shuffles only
+    const cuda::Location location = locations[item.row];
+    const bool inside = location.exists();  // the others take part in shuffles only
     float x[2 * kVector] = {};
     if (inside) load_halves<kHalf>(row_of<T>(item.is_k ? p.k : p.v, row, item.head) + channel, aligned, x);
     uint32_t words[kVector / 2];
@@ -162,24 +178,46 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_kernel(__grid_constant__
       scale = quantize<kLanes>(x, words);
     }
     if (!inside) return;
-    const int64_t index = row * p.num_kv_heads + item.head;
-    auto* out = static_cast<int8_t*>(item.is_k ? p.k_out : p.v_out) + index * kHeadDim + channel;
+    int8_t* out = cuda::address<int8_t>(item.is_k ? p.k_cache : p.v_cache, location, item.head) + channel;
     cuda::Vector<int8_t, kVector> bytes;
     memcpy(bytes.at, words, kVector);
-    bytes.store(out, true);
+    bytes.store(out, aligned);
     memcpy(bytes.at, words + kVector / 4, kVector);
-    bytes.store(out + kHalf, true);
-    if (channel == 0) (item.is_k ? p.k_scale_out : p.v_scale_out)[index] = scale;
+    bytes.store(out + kHalf, aligned);
+    if (channel == 0) *cuda::address<float>(item.is_k ? p.k_scale : p.v_scale, location, item.head) = scale;
   });
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(__grid_constant__ const QuantizeParams p, bool aligned) {
+__global__ void __launch_bounds__(kThreads) store_plain(__grid_constant__ const StoreParams p, bool aligned) {
+  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kPieces = kHeadDim / kVector;
+  using Piece = cuda::Vector<T, kVector>;
+  __shared__ cuda::Location locations[kRows];
+  const int64_t first_row = int64_t{blockIdx.x} * kRows;
+  const int num_heads = static_cast<int>(p.num_kv_heads);
+  locate_rows(p, first_row, locations);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * num_heads * kPieces; i += kThreads) {
+    const int channel = i % kPieces * kVector, head = i / kPieces % num_heads, row = i / kPieces / num_heads;
+    const cuda::Location location = locations[row];
+    if (!location.exists()) continue;
+    const Piece k = Piece::load(row_of<T>(p.k, first_row + row, head) + channel, aligned);
+    const Piece v = Piece::load(row_of<T>(p.v, first_row + row, head) + channel, aligned);
+    k.store(cuda::address<T>(p.k_cache, location, head) + channel, aligned);
+    v.store(cuda::address<T>(p.v_cache, location, head) + channel, aligned);
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(__grid_constant__ const DequantizeParams p, bool aligned) {
   constexpr int kHalf = kHeadDim / 2;
   constexpr int kVector = 16 / sizeof(T);
   __shared__ Rotations rotations;
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   make_rotations<kHalf>(p.bias, first_row, p.num_rows, rotations);
+  __syncthreads();
   for_each_item<kHalf, kVector>(static_cast<int>(p.num_kv_heads), [&](const Item& item, int channel) {
     const int64_t row = first_row + item.row;
     if (row >= p.num_rows) return;
@@ -207,9 +245,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(__grid_constant__ 
   });
 }
 
-// `kernel_of(T{})` is the kernel and whether its inputs are aligned.
-template <typename Body>
-void launch_kernel(const QuantizeParams& p, Launch launch, const char* name, const Body& kernel_of) {
+// `kernel_of(T{})` is the kernel and whether what it reads and writes is aligned.
+template <typename Params, typename KernelOf>
+void launch_kernel(const Params& p, Launch launch, const char* name, const KernelOf& kernel_of) {
   if (p.num_rows == 0 || p.num_kv_heads == 0) return;
   const cuda::DeviceGuard guard(launch.device);
   const auto blocks = static_cast<unsigned>(cuda::ceil_div<int64_t>(p.num_rows, kRows));
@@ -222,15 +260,19 @@ void launch_kernel(const QuantizeParams& p, Launch launch, const char* name, con
 
 }  // namespace
 
-void quantize_kv(const QuantizeParams& p, Launch launch) {
-  launch_kernel(p, launch, "quantize_kv", [&](auto type) {
+void store_kv(const StoreParams& p, Launch launch) {
+  launch_kernel(p, launch, "store_kv", [&](auto type) {
     using T = decltype(type);
-    return std::pair{p.head_dim == 64 ? quantize_kernel<T, 64> : quantize_kernel<T, 128>,
-                     cuda::is_aligned(p.k, sizeof(T)) && cuda::is_aligned(p.v, sizeof(T))};
+    const bool is_int8 = p.cache_dtype == DType::kInt8;
+    const int64_t stored_bytes = is_int8 ? 1 : sizeof(T);
+    const bool aligned = cuda::is_aligned(p.k, sizeof(T)) && cuda::is_aligned(p.v, sizeof(T)) &&
+                         cuda::is_aligned(p.k_cache, stored_bytes) && cuda::is_aligned(p.v_cache, stored_bytes);
+    if (is_int8) return std::pair{p.head_dim == 64 ? store_int8<T, 64> : store_int8<T, 128>, aligned};
+    return std::pair{p.head_dim == 64 ? store_plain<T, 64> : store_plain<T, 128>, aligned};
   });
 }
 
-void dequantize_kv(const QuantizeParams& p, Launch launch) {
+void dequantize_kv(const DequantizeParams& p, Launch launch) {
   launch_kernel(p, launch, "dequantize_kv", [&](auto type) {
     using T = decltype(type);
     return std::pair{p.head_dim == 64 ? dequantize_kernel<T, 64> : dequantize_kernel<T, 128>,
