@@ -56,18 +56,35 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// Whether every row of every head starts at a multiple of 16 bytes.
+inline bool is_aligned(const Rows& rows, int64_t element_bytes) {
+  const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
+  return aligned(reinterpret_cast<intptr_t>(rows.data)) && aligned(rows.row_stride * element_bytes) &&
+         aligned(rows.head_stride * element_bytes);
+}
+
+inline bool is_aligned(const Pages& pages, int64_t element_bytes) {
+  return is_aligned(Rows{pages.data, pages.row_stride, pages.head_stride}, element_bytes) &&
+         pages.page_stride * element_bytes % 16 == 0;
+}
+
 // Kernels read rows in pieces of 16 bytes.
 inline void check_alignment(const char* op, const char* name, const Rows& rows, int64_t element_bytes) {
-  const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
-  if (aligned(reinterpret_cast<intptr_t>(rows.data)) && aligned(rows.row_stride * element_bytes) &&
-      aligned(rows.head_stride * element_bytes)) {
-    return;
-  }
+  if (is_aligned(rows, element_bytes)) return;
   throw std::invalid_argument(std::string(op) + ": " + name +
                               " must be aligned to 16 bytes, with strides that are multiples of 16 bytes, on a GPU; "
                               "got row stride " +
                               std::to_string(rows.row_stride) + " and head stride " + std::to_string(rows.head_stride) +
                               " (elements); .contiguous() gives such a copy");
+}
+
+inline void check_alignment(const char* op, const char* name, const Pages& pages, int64_t element_bytes) {
+  if (is_aligned(pages, element_bytes)) return;
+  throw std::invalid_argument(std::string(op) + ": " + name +
+                              " must be aligned to 16 bytes, with strides that are multiples of 16 bytes, on a GPU; "
+                              "got page stride " +
+                              std::to_string(pages.page_stride) + ", row stride " + std::to_string(pages.row_stride) +
+                              " and head stride " + std::to_string(pages.head_stride) + " (elements)");
 }
 
 // Consecutive pieces of a workspace, each aligned to 256 bytes. With a null base it only counts.
