@@ -83,6 +83,15 @@ inline void check_alignment(const char* op, const char* name, const Rows& rows, 
                               " (elements); .contiguous() gives such a copy");
 }
 
+inline void check_alignment(const char* op, const char* name, const Pages& pages, int64_t element_bytes) {
+  if (is_aligned(pages, element_bytes)) return;
+  throw std::invalid_argument(std::string(op) + ": " + name +
+                              " must be aligned to 16 bytes, with strides that are multiples of 16 bytes, on a GPU; "
+                              "got page stride " +
+                              std::to_string(pages.page_stride) + ", row stride " + std::to_string(pages.row_stride) +
+                              " and head stride " + std::to_string(pages.head_stride) + " (elements)");
+}
+
 // Consecutive pieces of a workspace, each aligned to 256 bytes. With a null base it only counts.
 class Arena {
  public:

@@ -49,4 +49,13 @@ __device__ __forceinline__ double2 cos_sin(int64_t position, double frequency, d
   return make_double2(c * factor, s * factor);
 }
 
+// (cos, sin) in single precision, absolute error about 1e-7: the angle is reduced in double, in turns, the rest is not.
+// `turns`: of one position, frequency / (2 pi).
+__device__ __forceinline__ float2 cos_sin_of_turns(double position, double turns) {
+  const double angle = position * turns;
+  float s, c;
+  sincospif(2.0f * static_cast<float>(angle - rint(angle)), &s, &c);
+  return make_float2(c, s);
+}
+
 }  // namespace qwen_sparse::cuda

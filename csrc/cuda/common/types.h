@@ -51,6 +51,27 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return bits;
 }
 
+// The two values that pack() put into one register.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 unpack<BFloat16>(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 unpack<Float16>(uint32_t bits) {
+  __half2 pair;
+  memcpy(&pair, &bits, sizeof(pair));
+  return __half22float2(pair);
+}
+
+// Two values as sums of two bfloat16 each, which leaves a relative error of at most 2^-16.
+__device__ __forceinline__ void split(float first, float second, uint32_t& high, uint32_t& low) {
+  high = pack<BFloat16>(first, second);
+  const float2 rounded = unpack<BFloat16>(high);
+  low = pack<BFloat16>(first - rounded.x, second - rounded.y);
+}
+
 // Calls body(T{}) with the type that `dtype` names.
 template <typename Body>
 void dispatch_float(DType dtype, const Body& body) {
