@@ -56,7 +56,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_plain_pages(dtype: torch.dtype, head_dim: int, isa: str) -> None:
+def test_plain_pages(dtype: torch.dtype, head_dim: int, kernels: str) -> None:
     arguments = inputs(dtype, head_dim)
     assert_same(stored(ops, dtype, **arguments), stored(reference, dtype, **arguments))
 
@@ -64,13 +64,13 @@ def test_plain_pages(dtype: torch.dtype, head_dim: int, isa: str) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_pages(dtype: torch.dtype, head_dim: int, biased: bool, isa: str) -> None:
+def test_int8_pages(dtype: torch.dtype, head_dim: int, biased: bool, kernels: str) -> None:
     arguments = inputs(dtype, head_dim) | (bias_of(head_dim) if biased else {})
     assert_same(stored(ops, torch.int8, **arguments), stored(reference, torch.int8, **arguments))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_strided(cache_dtype: torch.dtype, isa: str) -> None:
+def test_strided(cache_dtype: torch.dtype, kernels: str) -> None:
     """Rows out of a fused projection, pages that are every second one of a pool; nothing beside them is written."""
     arguments = inputs(torch.bfloat16)
     expected = stored(ops, cache_dtype, **arguments)
@@ -87,7 +87,7 @@ def test_no_rows() -> None:
     assert_same(stored(ops, torch.float32, **arguments), empty_caches(torch.float32))
 
 
-def test_same_bytes_as_quantize_kv(isa: str) -> None:
+def test_same_bytes_as_quantize_kv(kernels: str) -> None:
     arguments = inputs(torch.bfloat16) | bias_of()
     caches = stored(ops, torch.int8, **arguments)
     slots = arguments.pop("slot_mapping")
