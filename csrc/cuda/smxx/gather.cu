@@ -5,8 +5,8 @@
 // t < kSegment, once per CTA, so that a key costs two multiply-adds per element and no trigonometry. Both are in shared
 // memory, in the order in which the lanes of a warp read them.
 //
-// gather_int8  a CTA takes up to kHeads heads of every gridDim.x-th segment; each thread 16 bytes of both halves of a
-//              key and of a value at a time. Chunks of dual-chunk attention start at segments.
+// gather_int8  a CTA takes up to kHeads heads of every gridDim.x-th segment; each thread up to 16 bytes of both halves
+//              of a key and of a value at a time. Chunks of dual-chunk attention start at segments.
 // gather_copy  one CTA per segment, 16 bytes of a key and of a value per thread at a time
 //
 // Both are bound by memory: 3 bytes move per element of int8, 4 per 16-bit element, half of that or more being writes.
@@ -48,11 +48,11 @@ __device__ __forceinline__ T* out_address(void* out, int64_t stride, int64_t key
 __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
 // How gather_int8 spreads a head over threads and lays out shared memory.
-template <int kHeadDim>
+template <typename T, int kHeadDim>
 struct Layout {
   static constexpr int kHalf = kHeadDim / 2;
-  static constexpr int kVector = 16;                 // channels of each half per thread
-  static constexpr int kLanes = kHalf / kVector;     // threads per head
+  static constexpr int kVector = 32 / sizeof(T);  // channels of each half per thread; results are what fills registers
+  static constexpr int kLanes = kHalf / kVector;  // threads per head
   static constexpr int kHeadStride = kHeadDim + 16;  // neighbouring heads are in different banks
 
   // Where a channel of either half is: a lane's channels 0 to 3 are followed by those of the next lane, so that lanes
@@ -71,15 +71,15 @@ struct Layout {
 };
 
 // R_t for t < kSegment, unscaled. A barrier must follow.
-template <int kHeadDim>
-__device__ void make_table(const RotatedBias& bias, typename Layout<kHeadDim>::Rotation* table) {
-  constexpr int kHalf = kHeadDim / 2;
+template <typename L>
+__device__ void make_table(const RotatedBias& bias, typename L::Rotation* table) {
+  constexpr int kHalf = L::kHalf;
   for (int i = threadIdx.x; i < (kTableStep + kSegment / kTableStep - 1) * kHalf; i += kThreads) {
     const int entry = i / kHalf, channel = i % kHalf;  // t < kTableStep, then its multiples
     const int t = entry < kTableStep ? entry : (entry - kTableStep + 1) * kTableStep;
     const double2 turn = cuda::cos_sin(t, bias.inv_freq[channel], 1.0);
-    table[t].cos[Layout<kHeadDim>::place(channel)] = static_cast<float>(turn.x);
-    table[t].sin[Layout<kHeadDim>::place(channel)] = static_cast<float>(turn.y);
+    table[t].cos[L::place(channel)] = static_cast<float>(turn.x);
+    table[t].sin[L::place(channel)] = static_cast<float>(turn.y);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kSegment * kHalf; i += kThreads) {
@@ -91,29 +91,28 @@ __device__ void make_table(const RotatedBias& bias, typename Layout<kHeadDim>::R
   }
 }
 
-// R_position b of some heads, by the first kHeadDim / 2 threads. A barrier must follow.
-template <int kHeadDim>
+// R_position b of some heads, by the first head_dim / 2 threads. A barrier must follow.
+template <typename L>
 __device__ __forceinline__ void make_biases(const RotatedBias& bias, int64_t position, int first_head, int num_heads,
                                             float* biases) {
-  constexpr int kHalf = kHeadDim / 2;
+  constexpr int kHalf = L::kHalf, kHeadDim = 2 * kHalf;
   const int channel = threadIdx.x;
   if (channel >= kHalf) return;
   const double2 turn = cuda::cos_sin(position, bias.inv_freq[channel], bias.attention_factor);
   const float cos = static_cast<float>(turn.x), sin = static_cast<float>(turn.y);
   const float* from = bias.data + first_head * kHeadDim + channel;
-  float* to = biases + Layout<kHeadDim>::place(channel);
+  float* to = biases + L::place(channel);
   for (int head = 0; head < num_heads; ++head) {
     const float first = from[head * kHeadDim], second = from[head * kHeadDim + kHalf];
-    to[head * Layout<kHeadDim>::kHeadStride] = first * cos - second * sin;
-    to[head * Layout<kHeadDim>::kHeadStride + kHalf] = second * cos + first * sin;
+    to[head * L::kHeadStride] = first * cos - second * sin;
+    to[head * L::kHeadStride + kHalf] = second * cos + first * sin;
   }
 }
 
 // x += R_t b for one lane's channels of one half each.
-template <int kHeadDim, int N>
-__device__ __forceinline__ void add_bias(const typename Layout<kHeadDim>::Rotation& rotation, const float* bias,
-                                         int lane, float (&first)[N], float (&second)[N]) {
-  using L = Layout<kHeadDim>;
+template <typename L, int N>
+__device__ __forceinline__ void add_bias(const typename L::Rotation& rotation, const float* bias, int lane,
+                                         float (&first)[N], float (&second)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     const int place = i * L::kLanes + lane * 4;
@@ -140,7 +139,7 @@ __device__ __forceinline__ void to_scaled_floats(const cuda::Vector<int8_t, N>& 
 template <typename T, int kHeadDim, bool kBias>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     gather_int8(__grid_constant__ const GatherParams p, bool aligned) {
-  using L = Layout<kHeadDim>;
+  using L = Layout<T, kHeadDim>;
   using Bytes = cuda::Vector<int8_t, L::kVector>;
   __shared__ typename L::Rotation table[kBias ? kSegment : 1];
   __shared__ typename L::Biases biases;
@@ -148,14 +147,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 
   const int first_head = blockIdx.y * kHeads;
   const int num_heads = p.num_kv_heads - first_head < kHeads ? static_cast<int>(p.num_kv_heads) - first_head : kHeads;
-  if constexpr (kBias) make_table<kHeadDim>(p.bias, table);
+  if constexpr (kBias) make_table<L>(p.bias, table);
   for (int64_t begin = int64_t{blockIdx.x} * kSegment; begin < p.num_keys; begin += int64_t{gridDim.x} * kSegment) {
     const int count = p.num_keys - begin < kSegment ? static_cast<int>(p.num_keys - begin) : kSegment;
     __syncthreads();  // the table is complete; nobody reads the segment before
     locate_keys(p, begin, count, locations);
     if constexpr (kBias) {
       const int64_t position = p.chunk_len == 0 ? begin : begin % p.chunk_len;
-      make_biases<kHeadDim>(p.bias, position, first_head, num_heads, biases.of);
+      make_biases<L>(p.bias, position, first_head, num_heads, biases.of);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < count * num_heads * L::kLanes; i += kThreads) {
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       to_scaled_floats(k_second, k_scale, second);
       if constexpr (kBias) {
         if (location.exists()) {
-          add_bias<kHeadDim>(table[t], biases.of + head * L::kHeadStride, lane, first, second);
+          add_bias<L>(table[t], biases.of + head * L::kHeadStride, lane, first, second);
         }
       }
       T* k_out = out_address<T>(p.k_out, p.k_out_stride, begin + t, first_head + head, kHeadDim) + channel;
