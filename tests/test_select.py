@@ -59,8 +59,8 @@ def test_select_dual_chunk(seqlen_k: int, kernels: str) -> None:
     check(q, k, vertical_size=64, slash_size=140, q_succ=q_succ, q_inter=q_inter, chunk_len=192)
 
 
-def test_sizes_per_head_and_clipping() -> None:
-    q, k, _ = random_qkv(64, 200, 4, 2, 64, torch.float32)
+def test_sizes_per_head_and_clipping(kernels: str) -> None:
+    q, k, _ = random_qkv(64, 200, 4, 2, 64, torch.bfloat16)
     sizes = torch.tensor([0, 35, 200, 10_000], dtype=torch.int32)
     vertical, slash = check(q, k, vertical_size=sizes, slash_size=[120, 0, 3, 200])
     assert (vertical >= 0).sum(dim=1).tolist() == [0, 35, 200, 200]
@@ -68,8 +68,8 @@ def test_sizes_per_head_and_clipping() -> None:
     assert slash[2].tolist() == [0, 1, 2, *[-1] * 197]  # forced, the lower index first
 
 
-def test_fewer_voting_rows() -> None:
-    q, k, _ = random_qkv(64, 400, 2, 1, 64, torch.float32)
+def test_fewer_voting_rows(kernels: str) -> None:
+    q, k, _ = random_qkv(64, 400, 2, 1, 64, torch.bfloat16)
     check(q, k, vertical_size=60, slash_size=130, last_q=7)
 
 
@@ -139,6 +139,18 @@ def test_top_indexes(scores: Tensor, kernels: str) -> None:
         assert (row[count:] == -1).all()
 
 
+def test_top_indexes_of_many_keys_and_heads(kernels: str) -> None:
+    """More keys than a tile of the GPU's kernels holds, and more heads than one of their launches."""
+    for scores, sizes in (
+        (torch.randint(0, 50, (3, 40_001)).float(), [3, 20_000, 40_000]),
+        (torch.randn(300, 20), [head % 21 for head in range(300)]),
+    ):
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        for row, ranks, size in zip(ops._ops.top_indexes(scores, sizes, 0), order, sizes, strict=True):
+            assert torch.equal(row[:size].long(), ranks[:size].sort().values)
+            assert (row[size:] == -1).all()
+
+
 def test_top_indexes_forces_the_first(kernels: str) -> None:
     scores = torch.full((3, 64), 5.0)
     scores[:, 40:] = torch.inf
@@ -147,6 +159,24 @@ def test_top_indexes_forces_the_first(kernels: str) -> None:
     assert selected[0].tolist() == [0, 1, *[-1] * 38]
     assert selected[1].tolist() == [*range(10), 40, 41, *[-1] * 28]
     assert selected[2].tolist() == [*range(16), *range(40, 64)]
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(9, 64), (7, 128)])
+def test_select_all_heads_of_a_group(num_heads: int, head_dim: int, kernels: str) -> None:
+    """Seven heads share a CTA of the GPU's kernel, nine are divided."""
+    q, k, _ = random_qkv(64, 300, num_heads, 1, head_dim, torch.float16)
+    check(q, k, vertical_size=60, slash_size=130)
+
+
+def test_select_of_strided_inputs(kernels: str) -> None:
+    """Views of a fused projection and transposed (HND) storage give the same result as contiguous copies."""
+    fused = torch.randn(200, 6, 64, dtype=torch.bfloat16)
+    q, k = fused[:, :4], fused[:, 4:]
+    expected = ops.select_vertical_slash(q.contiguous(), k.contiguous(), vertical_size=60, slash_size=130)
+    transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]
+    for inputs in ((q, k), transposed):
+        selected = ops.select_vertical_slash(*inputs, vertical_size=60, slash_size=130)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(selected, expected, strict=True))
 
 
 @pytest.mark.parametrize("last_q", [1, 63, 64])

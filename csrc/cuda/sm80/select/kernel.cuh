@@ -81,7 +81,7 @@ class Split {
     last_chunk_ = (num_keys_ - 1) / args.chunk_len;
   }
 
-  bool __device__ has_head() const { return has_head_; }
+  __device__ bool has_head() const { return has_head_; }
   __device__ int head() const { return head_; }
   __device__ int row_in_block() const { return lane_ / 4; }
   __device__ int key_in_block() const { return lane_ % 4 * 2; }
