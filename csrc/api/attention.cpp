@@ -34,9 +34,10 @@ AttentionParams common_params(const char* op, const char* q_name, const Tensor& 
   return params;
 }
 
-void set_indexes(const char* op, AttentionParams& params, const Tensor& vertical, const Tensor& slash) {
-  check_indexes(op, "vertical_indexes", vertical, params.shape.num_heads, params.shape.seqlen_k);
-  check_indexes(op, "slash_indexes", slash, params.shape.num_heads, params.shape.seqlen_k);
+void set_indexes(const char* op, AttentionParams& params, const Tensor& vertical, const Tensor& slash,
+                 const Device& device) {
+  check_indexes(op, "vertical_indexes", vertical, params.shape.num_heads, params.shape.seqlen_k, device);
+  check_indexes(op, "slash_indexes", slash, params.shape.num_heads, params.shape.seqlen_k, device);
   params.sparse = true;
   params.vertical_indexes = static_cast<const int32_t*>(vertical.const_data_ptr());
   params.slash_indexes = static_cast<const int32_t*>(slash.const_data_ptr());
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> vertical_slash_attention(const Tensor& q, con
   const Device device = check_device(
       kOp, {{"q", q}, {"k", k}, {"v", v}, {"vertical_indexes", vertical_indexes}, {"slash_indexes", slash_indexes}});
   AttentionParams params = common_params(kOp, "q", q, k, v, softmax_scale, device);
-  set_indexes(kOp, params, vertical_indexes, slash_indexes);
+  set_indexes(kOp, params, vertical_indexes, slash_indexes, device);
   Outputs outputs = run(device, params, q);
   return {outputs.out, outputs.lse, outputs.attended};
 }
@@ -74,12 +75,12 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
                                                         const OptionalTensor& slash_indexes, double softmax_scale) {
   constexpr const char* kOp = "dual_chunk_attention";
   const Device device = check_device(kOp, {{"q_intra", q_intra},
-                                            {"q_succ", q_succ},
-                                            {"q_inter", q_inter},
-                                            {"k", k},
-                                            {"v", v},
-                                            {"vertical_indexes", vertical_indexes},
-                                            {"slash_indexes", slash_indexes}});
+                                           {"q_succ", q_succ},
+                                           {"q_inter", q_inter},
+                                           {"k", k},
+                                           {"v", v},
+                                           {"vertical_indexes", vertical_indexes},
+                                           {"slash_indexes", slash_indexes}});
   AttentionParams params = common_params(kOp, "q_intra", q_intra, k, v, softmax_scale, device);
   const AttentionShape& shape = params.shape;
   for (const auto& [name, q] : {std::pair{"q_succ", &q_succ}, std::pair{"q_inter", &q_inter}}) {
@@ -91,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
   params.q_inter = rows_of(q_inter);
   params.chunk_len = check_chunk_len(kOp, chunk_len);
   check_together(kOp, "vertical_indexes", vertical_indexes.has_value(), "slash_indexes", slash_indexes.has_value());
-  if (vertical_indexes.has_value()) set_indexes(kOp, params, *vertical_indexes, *slash_indexes);
+  if (vertical_indexes.has_value()) set_indexes(kOp, params, *vertical_indexes, *slash_indexes, device);
   Outputs outputs = run(device, params, q_intra);
   return {outputs.out, outputs.lse, outputs.attended};
 }

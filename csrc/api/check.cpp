@@ -149,11 +149,12 @@ float check_softmax_scale(const char* op, double softmax_scale) {
   return static_cast<float>(softmax_scale);
 }
 
-void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k) {
+void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k,
+                   const Device& device) {
   check_shape(op, name, indexes, {{"num_heads", num_heads}, {"size"}});
   check_dtype(op, name, indexes, ScalarType::Int);
   check(indexes.is_contiguous(), op, name, " must be contiguous");
-  if (!indexes.is_cpu()) return;
+  if (!device.is_host()) return;
   const auto* data = static_cast<const int32_t*>(indexes.const_data_ptr());
   const int64_t size = indexes.size(1);
   for (int64_t head = 0; head < num_heads; ++head) {

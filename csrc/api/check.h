@@ -56,8 +56,9 @@ int64_t check_chunk_len(const char* op, int64_t chunk_len);
 int64_t check_window(const char* op, std::optional<int64_t> window);
 float check_softmax_scale(const char* op, double softmax_scale);
 // Strictly increasing indexes in [0, seqlen_k), then -1.
-// Their values are checked on the CPU only.
-void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k);
+// Their values are checked where the host can read them.
+void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k,
+                   const Device& device);
 
 // float64 [head_dim / 2] and int64 [num_rows]
 const double* check_inv_freq(const char* op, const Tensor& inv_freq, int64_t head_dim);

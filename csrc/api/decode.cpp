@@ -38,16 +38,16 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   DecodeParams params;
   AttentionShape& shape = params.shape;
   const Device device = check_device(kOp, {{"q", q},
-                                            {"k_cache", k_cache},
-                                            {"v_cache", v_cache},
-                                            {"block_table", block_table},
-                                            {"seqlens_k", seqlens_k},
-                                            {"k_scale", k_scale},
-                                            {"v_scale", v_scale},
-                                            {"k_bias", k_bias},
-                                            {"inv_freq", inv_freq},
-                                            {"q_succ", q_succ},
-                                            {"q_inter", q_inter}});
+                                           {"k_cache", k_cache},
+                                           {"v_cache", v_cache},
+                                           {"block_table", block_table},
+                                           {"seqlens_k", seqlens_k},
+                                           {"k_scale", k_scale},
+                                           {"v_scale", v_scale},
+                                           {"k_bias", k_bias},
+                                           {"inv_freq", inv_freq},
+                                           {"q_succ", q_succ},
+                                           {"q_inter", q_inter}});
   check_shape(kOp, "q", q, {{"batch"}, {"seqlen_q"}, {"num_heads"}, {"head_dim"}});
   params.dtype = check_attention_dtype(kOp, "q", q, device);
   params.batch = q.size(0);

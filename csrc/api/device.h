@@ -24,7 +24,8 @@ struct NamedTensor {
 
 class Device {
  public:
-  Device(const Backend& backend, Launch launch, bool is_host) : backend_(&backend), launch_(launch), is_host_(is_host) {}
+  Device(const Backend& backend, Launch launch, bool is_host)
+      : backend_(&backend), launch_(launch), is_host_(is_host) {}
 
   const Backend& backend() const { return *backend_; }
   Launch launch() const { return launch_; }

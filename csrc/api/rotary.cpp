@@ -28,9 +28,7 @@ RotaryParams common_params(const char* op, const Tensor& q, const Tensor& k, con
   return params;
 }
 
-Tensor output_like(const Tensor& x, int64_t rows) {
-  return empty(x, {rows, x.size(1), x.size(2)}, x.scalar_type());
-}
+Tensor output_like(const Tensor& x, int64_t rows) { return empty(x, {rows, x.size(1), x.size(2)}, x.scalar_type()); }
 
 }  // namespace
 

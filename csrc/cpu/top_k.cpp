@@ -66,7 +66,8 @@ void top_indexes(const TopIndexesParams& p) {
     if (count == 0) return;
     auto* ordered = reinterpret_cast<uint32_t*>(scratch);
     for (int64_t i = 0; i < num_keys; ++i) ordered[i] = ordered_bits(p.scores[head * num_keys + i]);
-    std::fill(ordered, ordered + std::min(p.num_forced, num_keys), ordered_bits(std::numeric_limits<float>::infinity()));
+    std::fill(ordered, ordered + std::min(p.num_forced, num_keys),
+              ordered_bits(std::numeric_limits<float>::infinity()));
     auto [lowest, num_ties] = find_threshold(ordered, num_keys, count, ordered + num_keys);
     for (int64_t i = 0, taken = 0; taken < count; ++i) {
       out[taken] = static_cast<int32_t>(i);

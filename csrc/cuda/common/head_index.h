@@ -2,8 +2,8 @@
 //
 // Slashes s1 < s2 overlap or touch iff s2 - s1 <= 64, whatever the block. Merged once into runs [lo, hi], block
 // `a` attends the keys [a - hi, a - lo + 64) of each run. Column v is covered by the slashes of block `a` iff bit
-// a + 63 - v is set in a bitmap that has [lo, hi + 63] set for every run. The columns' keys and values are gathered once
-// per call, since every block reads them.
+// a + 63 - v is set in a bitmap that has [lo, hi + 63] set for every run. The columns' keys and values are gathered
+// once per call, since every block reads them.
 //
 // Indexes are not checked on a GPU (that would stop the host): what is out of range counts as the end of the list, and
 // whatever a list holds, no kernel reads outside its tensors.

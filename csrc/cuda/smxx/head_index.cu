@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) merge_slashes(AttentionParams p, Hea
   const int64_t head = blockIdx.x;
   const int32_t* slashes = p.slash_indexes + head * p.num_slash;
   SlashRun* runs = indexes.runs + head * p.num_slash;
-  const int32_t num_columns = valid_length(p.vertical_indexes + head * p.num_vertical, p.num_vertical, p.shape.seqlen_k);
+  const int32_t num_columns =
+      valid_length(p.vertical_indexes + head * p.num_vertical, p.num_vertical, p.shape.seqlen_k);
   const int32_t count = valid_length(slashes, p.num_slash, p.shape.seqlen_k);
   int32_t num_runs = 0;
   for (int32_t base = 0; base < count; base += kThreads) {
@@ -177,7 +178,8 @@ void build_head_indexes(const AttentionParams& p, const HeadIndexes& indexes, cu
 
 void count_attended(const AttentionParams& p, const HeadIndexes& indexes, cudaStream_t stream) {
   if (!p.sparse) {
-    count_dense<<<dim3(static_cast<unsigned>(ceil_div<int64_t>(p.shape.num_heads, kThreads))), kThreads, 0, stream>>>(p);
+    count_dense<<<dim3(static_cast<unsigned>(ceil_div<int64_t>(p.shape.num_heads, kThreads))), kThreads, 0, stream>>>(
+        p);
     return check(cudaGetLastError(), "count_dense");
   }
   const int64_t past = p.shape.seqlen_k - p.shape.seqlen_q;

@@ -39,7 +39,8 @@ struct RowTiles {
 
 struct Args {
   AttentionParams p;
-  // |softmax_scale| log2(e), kept above 0 so that it times -infinity is -infinity; scores change sign where the scale does.
+  // |softmax_scale| log2(e), kept above 0 so that it times -infinity is -infinity; scores change sign where the scale
+  // does.
   float scale_log2;
   bool negate;
   cuda::HeadIndexes indexes;

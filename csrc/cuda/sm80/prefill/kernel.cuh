@@ -3,10 +3,10 @@
 // Grid: one CTA per (128-row tile, head), longest first: the last rows of the prompt come first, heads that share keys
 // are neighbours. The hardware hands CTAs out in this order as others finish, which is what a persistent loop over a
 // work counter would do; without asynchronous copies across tiles (Hopper's TMA) such a loop has nothing to overlap.
-// Warps: 4 x 32 rows; warps 0 and 1 hold the tile's first 64-row block, 2 and 3 the second. A warp skips a key tile that
-// its block does not attend, and masks it only where it is partly attended.
-// Shared memory: Q, one tile of K, one of V. V of a tile arrives during QK^T, K of the next (and Q, at the border of a
-// dual-chunk stage) during softmax and PV. 64 KiB at head_dim 128, so two CTAs share an SM.
+// Warps: 4 x 32 rows; warps 0 and 1 hold the tile's first 64-row block, 2 and 3 the second. A warp skips a key tile
+// that its block does not attend, and masks it only where it is partly attended. Shared memory: Q, one tile of K, one
+// of V. V of a tile arrives during QK^T, K of the next (and Q, at the border of a dual-chunk stage) during softmax and
+// PV. 64 KiB at head_dim 128, so two CTAs share an SM.
 #pragma once
 
 #include <cfloat>
@@ -191,10 +191,9 @@ class Cta {
       }
     }
     const int matrix = lane_ / 8, row = lane_ % 8;
-    const uint32_t q_address = ptx::shared_address(
-        shared_.q + swizzled<kHeadDim>(warp_ * kWarpRows + matrix % 2 * 8 + row, matrix / 2));
-    const uint32_t k_address =
-        ptx::shared_address(shared_.k + swizzled<kHeadDim>(matrix / 2 * 8 + row, matrix % 2));
+    const uint32_t q_address =
+        ptx::shared_address(shared_.q + swizzled<kHeadDim>(warp_ * kWarpRows + matrix % 2 * 8 + row, matrix / 2));
+    const uint32_t k_address = ptx::shared_address(shared_.k + swizzled<kHeadDim>(matrix / 2 * 8 + row, matrix % 2));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kMTiles][4];
@@ -291,8 +290,7 @@ class Cta {
 
   __device__ void multiply_pv(const float (&s)[kMTiles][kKeyTiles8][4]) {
     const int matrix = lane_ / 8, row = lane_ % 8;
-    const uint32_t v_address =
-        ptx::shared_address(shared_.v + swizzled<kHeadDim>(matrix % 2 * 8 + row, matrix / 2));
+    const uint32_t v_address = ptx::shared_address(shared_.v + swizzled<kHeadDim>(matrix % 2 * 8 + row, matrix / 2));
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
       uint32_t weights[kMTiles][4];  // two 8-key accumulators lie in registers as one 16-key operand does

@@ -1,0 +1,140 @@
+"""CUDA kernels in the simulator beyond the op tests: adversarial schedules, and index values nobody has checked.
+
+The op tests run them in the simulator's default mode (fixture ``kernels``). Here every op gives the same bits whatever
+the order of threads and the moment at which asynchronous copies land, without a race; and lists, tables, lengths and
+slots full of nonsense, which are not checked on a GPU since that would stop the host, never lead outside of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import simulated
+import torch
+from ptxsim.fixtures import SCHEDULES
+from torch import Tensor
+
+from qwen_sparse.testing import random_indexes, random_qkv
+
+pytestmark = pytest.mark.ptxsim
+
+CHUNK_LEN = 192
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def nonsense(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Small numbers, -1, and the largest and smallest of the type, in no order."""
+    information = torch.iinfo(dtype)
+    extremes = torch.tensor([-1, 0, information.min, information.max, information.max - 63, 10**9], dtype=dtype)
+    small = torch.randint(-200, 400, shape, generator=GENERATOR, dtype=dtype)
+    chosen = extremes[torch.randint(len(extremes), shape, generator=GENERATOR)]
+    return torch.where(torch.rand(shape, generator=GENERATOR) < 0.5, small, chosen)
+
+
+def inv_freq(head_dim: int) -> Tensor:
+    return 1e6 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+
+
+q, k, v = random_qkv(150, 450, 4, 2, 64, torch.bfloat16)
+q_succ, q_inter = torch.roll(q, 1, 0), torch.roll(q, 2, 0)
+INT8_PAGES = [torch.randint(-127, 128, (5, 48, 2, 64), generator=GENERATOR, dtype=torch.int8) for _ in range(2)]
+SCALES = [torch.rand(5, 48, 2, generator=GENERATOR) for _ in range(2)]
+BIAS = 100 * normal(2, 64)
+DECODE_Q = [normal(2, 2, 4, 64).bfloat16() for _ in range(3)]
+
+
+def attention(columns: Tensor, slashes: Tensor) -> Callable[[Any], Any]:
+    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, columns, slashes, 0.125)
+
+
+def decode(table: Tensor, lengths: Tensor) -> Callable[[Any], Any]:
+    return lambda ops: ops.decode_attention(
+        DECODE_Q[0], *INT8_PAGES, table, lengths, *SCALES, BIAS, inv_freq(64), 1.0, *DECODE_Q[1:], CHUNK_LEN, 0.125, None
+    )
+
+
+def gather(table: Tensor) -> Callable[[Any], Any]:
+    def run(ops: Any) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(200, 2, 64).bfloat16(), torch.zeros(200, 2, 64).bfloat16()
+        ops.gather_kv(*INT8_PAGES, table, *SCALES, BIAS, inv_freq(64), 1.0, CHUNK_LEN, *out)
+        return out
+
+    return run
+
+
+def store(slots: Tensor) -> Callable[[Any], Any]:
+    def run(ops: Any) -> tuple[Tensor, ...]:
+        caches = [x.clone() for x in (*INT8_PAGES, *SCALES)]
+        positions = torch.arange(150) % CHUNK_LEN
+        ops.store_kv(k[:150], v[:150], *caches[:2], slots, *caches[2:], BIAS, positions, inv_freq(64), 1.0)
+        return tuple(caches)
+
+    return run
+
+
+def rotary(ops: Any) -> Any:
+    return ops.rotary_dual_chunk(q, k[:150], torch.arange(300, 450), inv_freq(64), 1.0, 256, CHUNK_LEN, 64)
+
+
+def select(ops: Any) -> Any:
+    return ops.select_vertical_slash(q, k, [60, 0, 450, 31], [130, 100, 0, 450], 64, 0.125, q_succ, q_inter, CHUNK_LEN)
+
+
+TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
+    "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
+    "select": select,
+    "rotary": rotary,
+    "store": store(torch.randperm(240, generator=GENERATOR)[:150]),
+    "gather": gather(TABLE[0]),
+    "decode": decode(TABLE, torch.tensor([233, 70], dtype=torch.int32)),
+}
+UNCHECKED: dict[str, Callable[[Any], Any]] = {
+    "attention": attention(nonsense(4, 90), nonsense(4, 90)),
+    "attention with unsorted lists": attention(
+        torch.randint(450, (4, 90), generator=GENERATOR, dtype=torch.int32),
+        torch.randint(450, (4, 90), generator=GENERATOR, dtype=torch.int32),
+    ),
+    "decode": decode(nonsense(2, 5), torch.tensor([233, 70], dtype=torch.int32)),
+    "decode with wrong lengths": decode(TABLE, torch.tensor([2**31 - 1, -5], dtype=torch.int32)),
+    "gather": gather(nonsense(5)),
+    "store": store(nonsense(150, dtype=torch.int64)),
+}
+
+
+@pytest.fixture(scope="module")
+def simulated_ops() -> Any:
+    return simulated.load()
+
+
+@pytest.fixture(autouse=True)
+def default_options(simulated_ops: Any) -> Iterator[None]:
+    simulated.reset()
+    yield
+    simulated.reset()
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_schedules_change_nothing(name: str, simulated_ops: Any) -> None:
+    expected = flat(CALLS[name](simulated_ops))
+    for schedule in SCHEDULES[1:]:
+        simulated.options(**schedule)
+        for ours, theirs in zip(flat(CALLS[name](simulated_ops)), expected, strict=True):
+            assert torch.equal(ours, theirs), schedule
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_unchecked_values_stay_inside(name: str, simulated_ops: Any) -> None:
+    """The simulator faults on any access outside of the tensors."""
+    UNCHECKED[name](simulated_ops)
