@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o 
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test sanitize lint resources format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -39,6 +39,9 @@ lint: $(VENV)/.dev  # after a build: one check reads its objects
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	@echo "== kernels share no code between instruction sets (CONTRIBUTING.md)"
 	@! nm -C --defined-only build/*/CMakeFiles/qwen_sparse_cpu_*.dir/csrc/cpu/isa/*.o | grep -E ' [WVu] '
+
+resources: $(VENV)/.dev  # of the CUDA kernels: registers, shared memory, spills; needs nvcc
+	PYTHONPATH=tests $(RUN) -m simulated.resources
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .

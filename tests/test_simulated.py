@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import simulated
 import torch
-from ptxsim.fixtures import SCHEDULES
 from torch import Tensor
 
+import simulated
+from ptxsim.fixtures import SCHEDULES
 from qwen_sparse.testing import random_indexes, random_qkv
 
 pytestmark = pytest.mark.ptxsim
@@ -55,7 +55,18 @@ def attention(columns: Tensor, slashes: Tensor) -> Callable[[Any], Any]:
 
 def decode(table: Tensor, lengths: Tensor) -> Callable[[Any], Any]:
     return lambda ops: ops.decode_attention(
-        DECODE_Q[0], *INT8_PAGES, table, lengths, *SCALES, BIAS, inv_freq(64), 1.0, *DECODE_Q[1:], CHUNK_LEN, 0.125, None
+        DECODE_Q[0],
+        *INT8_PAGES,
+        table,
+        lengths,
+        *SCALES,
+        BIAS,
+        inv_freq(64),
+        1.0,
+        *DECODE_Q[1:],
+        CHUNK_LEN,
+        0.125,
+        None,
     )
 
 

@@ -7,17 +7,17 @@ device of a call, is replaced by device.cpp of this directory.
 from __future__ import annotations
 
 import functools
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ptxsim.build as simulator
 import torch
+
+import ptxsim.build as simulator
 from ptxsim import testing
 
-__all__ = ["SimulatedOps", "load", "options", "reset", "unavailable"]
+__all__ = ["SimulatedOps", "load", "options", "ptx_files", "reset", "unavailable"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -45,6 +45,16 @@ def _host_object(source: Path, headers: str) -> Path:
     return target
 
 
+def _cuda_sources() -> list[Path]:
+    return [path for part in ("smxx", "sm80") for path in sorted((CSRC / "cuda" / part).rglob("*.cu"))]
+
+
+def ptx_files() -> list[Path]:
+    """The PTX of every CUDA source, for compute_80."""
+    objects = simulator.compile_sources(_cuda_sources(), "80", includes=[CSRC])
+    return sorted({path for built in objects for path in built.parent.glob("*.ptx")})
+
+
 def build() -> Path:
     """The shared library with the simulated ops."""
     headers = simulator.digest(*(path.read_bytes() for path in sorted(CSRC.rglob("*.h"))))
@@ -52,9 +62,8 @@ def build() -> Path:
     host += [path for path in sorted((CSRC / "api").glob("*.cpp")) if path.name != "device.cpp"]
     with ThreadPoolExecutor(simulator.MAX_COMPILES) as pool:
         objects = list(pool.map(lambda source: _host_object(source, headers), host))
-    sources = [*sorted((CSRC / "cuda" / "smxx").rglob("*.cu")), *sorted((CSRC / "cuda" / "sm80").rglob("*.cu"))]
     return simulator.build_library(
-        sources,
+        _cuda_sources(),
         "80",
         simulator.cache_directory() / "extension",
         name=NAMESPACE,
@@ -89,7 +98,3 @@ class SimulatedOps:
                 raise
 
         return call
-
-
-if __name__ == "__main__":
-    print(build(), file=sys.stdout)

@@ -24,11 +24,19 @@ using cuda::swizzled;
 
 constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
 
+// What a CTA works on. In shared memory, since registers are what this kernel is short of.
+struct RowTile {
+  int32_t first;       // position of its first row
+  int32_t begin, end;  // its rows that belong to the call
+  int32_t head, kv_head;
+};
+
 template <int kHeadDim>
 struct SharedMemory {
   alignas(256) uint8_t q[kTileRows * kHeadDim * 2];
   alignas(256) uint8_t k[kTileKeys * kHeadDim * 2];
   alignas(256) uint8_t v[kTileKeys * kHeadDim * 2];
+  RowTile rows;
   KeyTile tiles[2];
   // Of a tile of columns: the key's position, or kNever where the block's slashes cover it; by tile parity and block.
   int32_t column[2][2][kTileKeys];
@@ -49,30 +57,14 @@ class Cta {
 
  public:
   __device__ Cta(const Args& args, Shared& shared)
-      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
-    const int64_t tile = args.tiles.first + args.tiles.count - 1 - blockIdx.x / p_.shape.num_heads;
-    head_ = static_cast<int>(blockIdx.x % p_.shape.num_heads);
-    kv_head_ = head_ / static_cast<int>(p_.shape.num_heads / p_.shape.num_kv_heads);
-    chunk_ = cuda::floor_div(tile, args.tiles.per_chunk);
-    const int64_t begin = chunk_ * args.tiles.chunk_len + (tile - chunk_ * args.tiles.per_chunk) * kTileRows;
-    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
-    int64_t end = begin + kTileRows;
-    if (end > p_.shape.seqlen_k) end = p_.shape.seqlen_k;
-    if (end > (chunk_ + 1) * args.tiles.chunk_len) end = (chunk_ + 1) * args.tiles.chunk_len;
-    first_ = static_cast<int32_t>(begin);
-    rows_begin_ = static_cast<int32_t>(begin > past ? begin : past);
-    rows_end_ = static_cast<int32_t>(end);
-    block_ = first_ + warp_ / 2 * kBlockRows;
-  }
+      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
 
   __device__ void run() {
-    if (threadIdx.x == 0) {
-      shared_.cursor.start(args_, head_, first_, rows_end_ - 1, chunk_);
-      shared_.tiles[0] = shared_.cursor.next();
-    }
+    if (threadIdx.x == 0) start();
     __syncthreads();
-    const int32_t warp_first = first_ + warp_ * kWarpRows;
-    const bool has_rows = warp_first < rows_end_ && warp_first + kWarpRows > rows_begin_;
+    const RowTile& rows = shared_.rows;
+    const int32_t warp_first = rows.first + warp_ * kWarpRows;
+    const bool has_rows = warp_first < rows.end && warp_first + kWarpRows > rows.begin;
     if (shared_.tiles[0].count > 0) {
       copy_q(shared_.tiles[0].stage);
       copy_rows(p_.k, args_.indexes.column_k, shared_.tiles[0], shared_.k);
@@ -109,16 +101,36 @@ class Cta {
   }
 
  private:
+  __device__ void start() {
+    const auto num_heads = static_cast<unsigned>(p_.shape.num_heads);
+    const int64_t tile = args_.tiles.first + args_.tiles.count - 1 - blockIdx.x / num_heads;
+    const int64_t chunk = cuda::floor_div(tile, args_.tiles.per_chunk);
+    const int64_t chunk_begin = chunk * args_.tiles.chunk_len, chunk_end = chunk_begin + args_.tiles.chunk_len;
+    const int64_t first = chunk_begin + (tile - chunk * args_.tiles.per_chunk) * kTileRows;
+    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
+    int64_t end = first + kTileRows;
+    if (end > p_.shape.seqlen_k) end = p_.shape.seqlen_k;
+    if (end > chunk_end) end = chunk_end;
+    RowTile& rows = shared_.rows;
+    rows.first = static_cast<int32_t>(first);
+    rows.begin = static_cast<int32_t>(first > past ? first : past);
+    rows.end = static_cast<int32_t>(end);
+    rows.head = static_cast<int32_t>(blockIdx.x % num_heads);
+    rows.kv_head = rows.head / static_cast<int32_t>(p_.shape.num_heads / p_.shape.num_kv_heads);
+    shared_.cursor.start(args_, rows.head, rows.first, rows.end - 1, chunk);
+    shared_.tiles[0] = shared_.cursor.next();
+  }
+
   // Rows outside of the call become zeros.
   __device__ void copy_q(int stage) {
     const Rows& q = stage == kIntra ? p_.q_intra : stage == kSucc ? p_.q_succ : p_.q_inter;
     const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
     const int piece = threadIdx.x % kPieces;
-    const T* head = static_cast<const T*>(q.data) + head_ * q.head_stride + piece * 8;
+    const T* head = static_cast<const T*>(q.data) + shared_.rows.head * q.head_stride + piece * 8;
 #pragma unroll 1
     for (int row = threadIdx.x / kPieces; row < kTileRows; row += kRowsAtOnce) {
-      const int32_t position = first_ + row;
-      const bool inside = position >= rows_begin_ && position < rows_end_;
+      const int32_t position = shared_.rows.first + row;
+      const bool inside = position >= shared_.rows.begin && position < shared_.rows.end;
       ptx::copy_async_16(ptx::shared_address(shared_.q + swizzled<kHeadDim>(row, piece)),
                          head + (inside ? position - past : int64_t{0}) * q.row_stride, inside ? 16 : 0);
     }
@@ -131,10 +143,10 @@ class Cta {
     int64_t stride;
     if (tile.is_columns) {
       stride = kHeadDim;
-      base = static_cast<const T*>(columns) + (head_ * p_.num_vertical + tile.first) * stride;
+      base = static_cast<const T*>(columns) + (shared_.rows.head * p_.num_vertical + tile.first) * stride;
     } else {
       stride = rows.row_stride;
-      base = static_cast<const T*>(rows.data) + kv_head_ * rows.head_stride + tile.first * stride;
+      base = static_cast<const T*>(rows.data) + shared_.rows.kv_head * rows.head_stride + tile.first * stride;
     }
     int row = threadIdx.x / kPieces;
     const T* from = base + piece * 8 + row * stride;
@@ -155,9 +167,9 @@ class Cta {
     const int block = threadIdx.x / kTileKeys, i = threadIdx.x % kTileKeys;
     int32_t position = kNever;
     if (i < tile.count) {
-      const int32_t column = p_.vertical_indexes[head_ * p_.num_vertical + tile.first + i];
-      const uint32_t* covered = args_.indexes.covered + head_ * args_.indexes.covered_words;
-      const int32_t block_row = first_ + block * kBlockRows;
+      const int32_t column = p_.vertical_indexes[shared_.rows.head * p_.num_vertical + tile.first + i];
+      const uint32_t* covered = args_.indexes.covered + shared_.rows.head * args_.indexes.covered_words;
+      const int32_t block_row = shared_.rows.first + block * kBlockRows;
       if (!cuda::is_covered(covered, args_.indexes.covered_words, block_row, column)) position = column;
     }
     shared_.column[parity][block][i] = position;
@@ -168,7 +180,7 @@ class Cta {
   __device__ bool block_attends(const KeyTile& tile, int parity) const {
     const int b = warp_ / 2;
     if (tile.is_columns) return shared_.any_column[parity][2 * b] || shared_.any_column[parity][2 * b + 1];
-    const int32_t last_row = first_ + (warp_ + 1) * kWarpRows - 1;
+    const int32_t last_row = shared_.rows.first + (warp_ + 1) * kWarpRows - 1;
     return max(tile.first, tile.begin[b]) < min(tile.first + tile.count, tile.end[b]) &&
            (!p_.causal || max(tile.first, tile.begin[b]) <= last_row);
   }
@@ -176,9 +188,9 @@ class Cta {
   // Every row of the block attends every key of the tile.
   __device__ bool is_full(const KeyTile& tile) const {
     const int b = warp_ / 2;
-    const int32_t last = tile.first + kTileKeys - 1;
+    const int32_t last = tile.first + kTileKeys - 1, block = shared_.rows.first + b * kBlockRows;
     return !tile.is_columns && tile.count == kTileKeys && tile.first >= tile.begin[b] && last < tile.end[b] &&
-           (!p_.causal || last <= block_) && tile.first > int64_t{block_} + kBlockRows - 1 - p_.window;
+           (!p_.causal || last <= block) && tile.first > int64_t{block} + kBlockRows - 1 - p_.window;
   }
 
   __device__ void multiply_qk(float (&s)[kMTiles][kKeyTiles8][4]) {
@@ -332,8 +344,8 @@ class Cta {
               cuda::pack<T>(out_[m][d][2 * half] * factor, out_[m][d][2 * half + 1] * factor);
         }
         const int32_t position = row_position(m, half);
-        if (lane_ % 4 == 0 && position >= rows_begin_ && position < rows_end_) {
-          p_.lse[(position - past) * p_.shape.num_heads + head_] =
+        if (lane_ % 4 == 0 && position >= shared_.rows.begin && position < shared_.rows.end) {
+          p_.lse[(position - past) * p_.shape.num_heads + shared_.rows.head] =
               sum > 0.0f ? max_[m][half] * args_.scale_log2 * kLn2 + logf(sum) : -INFINITY;
         }
       }
@@ -341,26 +353,22 @@ class Cta {
     __syncwarp();
     for (int i = lane_; i < kWarpRows * kPieces; i += 32) {
       const int row = warp_ * kWarpRows + i / kPieces, piece = i % kPieces;
-      const int32_t position = first_ + row;
-      if (position < rows_begin_ || position >= rows_end_) continue;
-      T* out = static_cast<T*>(p_.out) + ((position - past) * p_.shape.num_heads + head_) * kHeadDim + piece * 8;
+      const int32_t position = shared_.rows.first + row;
+      if (position < shared_.rows.begin || position >= shared_.rows.end) continue;
+      T* out =
+          static_cast<T*>(p_.out) + ((position - past) * p_.shape.num_heads + shared_.rows.head) * kHeadDim + piece * 8;
       *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(shared_.q + swizzled<kHeadDim>(row, piece));
     }
   }
 
   __device__ int32_t row_position(int m, int half) const {
-    return first_ + warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
+    return shared_.rows.first + warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
   }
 
   const Args& args_;
   const AttentionParams& p_;
   Shared& shared_;
   const int lane_, warp_;
-  int head_, kv_head_;
-  int64_t chunk_;
-  int32_t first_;                  // position of the row tile's first row
-  int32_t rows_begin_, rows_end_;  // its rows that belong to the call
-  int32_t block_;                  // first row of this warp's 64-row block
   float out_[kMTiles][kDimTiles8][4] = {};
   float max_[kMTiles][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
   float sum_[kMTiles][2] = {};

@@ -1,0 +1,72 @@
+"""Registers, shared memory and spills of every CUDA kernel, as ptxas reports them for sm_80.
+
+    python -m simulated.resources
+
+The exit status is 1 if an attention, selection or decode kernel spills registers.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import ptx_files
+
+MAIN_KERNELS = re.compile(r"sm80::(prefill|select|decode)::")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel's."""
+
+    kernel: str
+    registers: int
+    shared_memory: int
+    """Static, bytes."""
+    stack: int
+    spills: int
+    """Bytes stored and loaded."""
+
+
+def _demangled(names: list[str]) -> list[str]:
+    result = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"\(anonymous namespace\)::|qwen_sparse::|__nv_", "", name) for name in result.stdout.splitlines()]
+
+
+def report(ptx: Path, architecture: str = "sm_80") -> Iterator[Resources]:
+    """What ptxas says of the kernels of one file."""
+    command = ["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", "/dev/null"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    entries = re.split(r"Compiling entry function '", text)[1:]
+    names = _demangled([entry.split("'", 1)[0] for entry in entries])
+    for name, entry in zip(names, entries, strict=True):
+
+        def number(pattern: str, entry: str = entry) -> int:
+            return sum(int(value) for value in re.findall(pattern, entry))
+
+        yield Resources(
+            kernel=name,
+            registers=number(r"Used (\d+) registers"),
+            shared_memory=number(r"(\d+) bytes smem"),
+            stack=number(r"(\d+) bytes stack frame"),
+            spills=number(r"(\d+) bytes spill"),
+        )
+
+
+def main() -> int:
+    kernels = sorted((entry for ptx in ptx_files() for entry in report(ptx)), key=lambda entry: entry.kernel)
+    print("registers  static shared  stack  spills  kernel")
+    for entry in kernels:
+        print(f"{entry.registers:9}  {entry.shared_memory:13}  {entry.stack:5}  {entry.spills:6}  {entry.kernel}")
+    spilling = [entry.kernel for entry in kernels if entry.spills and MAIN_KERNELS.search(entry.kernel)]
+    for kernel in spilling:
+        print(f"spills: {kernel}", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
