@@ -29,7 +29,7 @@ def gemm_wrong(ampere, fault, **opts):
 
 
 def test_missing_cp_async_wait(ampere):
-    with pytest.raises(Fault, match="never written"):
+    with pytest.raises(Fault, match="that an asynchronous copy still writes"):
         gemm_wrong(ampere, 1)
 
 

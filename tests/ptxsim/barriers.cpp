@@ -1,5 +1,6 @@
 // Barriers of a thread block and of a cluster, and mbarriers.
 #include <algorithm>
+#include <cstdlib>
 
 #include "core.hpp"
 
@@ -94,6 +95,7 @@ MBarrier& find_mbarrier(Fiber& f, Cta& c, u32 off) {
   return i->second;
 }
 static void mbar_check(Fiber& f, Cta& c, u32 off, MBarrier& m) {
+  if (std::abs(m.tx) >= 1 << 20) fault(f, "mbarrier 0x%x: tx-count %ld is out of range", off, m.tx);
   if (m.pending || m.tx) return;
   m.phase++;
   m.pending = m.expected;
@@ -155,7 +157,8 @@ static bool mbar_wait(Fiber& f, u64 a, u64 phase, bool blocking) {  // until pha
     acquire(f, m.vc);
     return true;
   }
-  if (!blocking) {
+  // try_wait may give up at any time; so that code which does not try again is found, it sometimes does.
+  if (!blocking || (config().random && f.gang->next_random() >> 40 & 1)) {
     yield_polling(f);
     return false;
   }

@@ -168,7 +168,16 @@ def compile_source(
             keep = temporary / "keep"
             keep.mkdir()
             dependencies = temporary / "dependencies"
-            outputs = ["-o", temporary / objects[0], "-MD", "-MF", dependencies, "-keep", "-keep-dir", keep]
+            outputs: list[str | Path] = [
+                "-o",
+                temporary / objects[0],
+                "-MD",
+                "-MF",
+                dependencies,
+                "-keep",
+                "-keep-dir",
+                keep,
+            ]
             run(["nvcc", *flags, rename, "-c", source, *outputs])
             ptx = next(keep.glob("*.ptx"))
             included = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1]

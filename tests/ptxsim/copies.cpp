@@ -12,7 +12,6 @@ static void run_copy(Fiber& f, CopyOp& op) {
   u32 line = f.line;
   f.line = op.line;
   if (op.arrive) {
-    if (op.arrive == 2) mbar_tx(f, op.mbar, 0);
     mbar_arrive(f, op.mbar, 1, 0, false);
     f.line = line;
     return;
@@ -20,27 +19,27 @@ static void run_copy(Fiber& f, CopyOp& op) {
   u64 off = op.dst;
   Cta& c = cta_of(f, off);
   u8* d = async_smem(f, c, off, op.size, true, false);
-  if (f.flags & F_RACE) {
-    f.shadow = c.shadow.data();
-  }
   if (op.src_size) memcpy(d, global_range(f, op.src, op.src_size, "cp.async source"), op.src_size);
   memset(d + op.src_size, 0, op.size - op.src_size);
   f.line = line;
 }
 void cp_async(Thread& t, u64 dst, u64 src, u32 size, u32 src_size) {
   Fiber& f = fiber(t);
-  src_size = std::min(src_size, size);
+  if (src_size > size) fault(t, "cp.async of %u bytes with a source size of %u", size, src_size);
   if ((dst | (src_size ? src : 0)) & (size - 1))
     fault(t, "misaligned cp.async of %u bytes: shared 0x%lx, global 0x%lx", size, dst, src);
-  if (t.flags & F_RACE) {
-    u64 o = dst;
-    if (&cta_of(f, o) == f.cta && o >= SMEM_BASE && o + size <= t.smem_end) race_check(t, o, size, true);
-  }
+  u64 off = dst;
+  Cta& c = cta_of(f, off);
+  if (off < SMEM_BASE || off + size > t.smem_end)
+    fault(t, "out-of-bounds asynchronous copy: %u bytes to shared offset 0x%lx", size, off);
+  if ((t.flags & F_RACE) && &c == f.cta) race_check(t, off, size, true);
   CopyOp op{dst, src, size, src_size, f.copy_group, t.line, 0, 0};
-  if (f.copies.empty() && f.gang->eager())
+  if (f.copies.empty() && f.gang->eager()) {
     run_copy(f, op);
-  else
+  } else {
+    mark_in_flight(f, c, off, size);
     f.copies.push_back(op);
+  }
 }
 void cp_async_commit(Thread& t) { fiber(t).copy_group++; }
 void cp_async_wait(Thread& t, s32 n) {
@@ -74,11 +73,14 @@ bool run_copies_until_arrival(Fiber& f) {
   }
   return false;
 }
-void gang_issue_load(Fiber& f, std::function<void()> run) {
-  if (f.gang->eager())
-    run();
-  else
-    f.gang->async.push_back({&f, f.line, std::move(run)});
+void gang_issue_load(Fiber& f, u64 dst, u64 n, u32 mask, std::function<void()> run) {
+  if (f.gang->eager()) return run();
+  u64 off = dst;
+  Cta& own = cta_of(f, off);
+  for (u32 rank = 0; rank < f.cluster_size; rank++)
+    if (mask >> rank & 1) mark_in_flight(f, *f.gang->ctas[rank], off, n);
+  if (!mask) mark_in_flight(f, own, off, n);
+  f.gang->async.push_back({&f, f.line, std::move(run)});
 }
 static void check_bulk_alignment(Fiber& f, u64 a, u64 b, u32 n) {
   if ((a | b | n) & 15)
@@ -87,7 +89,7 @@ static void check_bulk_alignment(Fiber& f, u64 a, u64 b, u32 n) {
 void bulk_g2s(Thread& t, u64 dst, u64 src, u32 n, u64 mb, u32 mask) {
   Fiber* f = &fiber(t);
   check_bulk_alignment(*f, dst, src, n);
-  gang_issue_load(*f, [=] {
+  gang_issue_load(*f, dst, n, mask, [=] {
     for (u32 r = 0; r < f->cluster_size; r++) {
       u64 d = dst, m = mb;
       Cta *c = &cta_of(*f, d), *mc = &cta_of(*f, m);
@@ -104,7 +106,7 @@ void bulk_g2s(Thread& t, u64 dst, u64 src, u32 n, u64 mb, u32 mask) {
 void bulk_s2s(Thread& t, u64 dst, u64 src, u32 n, u64 mb) {
   Fiber* f = &fiber(t);
   check_bulk_alignment(*f, dst, src, n);
-  gang_issue_load(*f, [=] {
+  gang_issue_load(*f, dst, n, 0, [=] {
     u64 d = dst, s = src, m = mb;
     Cta &c = cta_of(*f, d), &sc = cta_of(*f, s), &mc = cta_of(*f, m);
     memcpy(async_smem(*f, c, d, n, true, true), async_smem(*f, sc, s, n, false, true), n);

@@ -6,6 +6,7 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+
 #include "runtime.hpp"
 
 namespace ptxsim {
@@ -43,7 +44,7 @@ struct CopyOp {
   u32 size, src_size, group, line;
   u64 mbar;
   int arrive;
-};  // arrive: 0 copy, 1 arrive.noinc, 2 arrive
+};  // arrive: 0 copy, 1 arrival on mbar
 struct BulkStore {
   u32 group, line;
   bool read_done;
@@ -121,7 +122,11 @@ struct Cta {
   Barrier barriers[16];
   std::unordered_map<u32, MBarrier> mbarriers;
   std::vector<Fiber*> mbarrier_waiters;
+  ~Cta();
 };
+inline Cta::~Cta() {
+  for (Fiber* f : threads) delete f;
+}
 struct AsyncOp {
   Fiber* by;
   u32 line;
@@ -158,10 +163,7 @@ struct Gang {  // the CTAs of one cluster, run together on one OS thread
   bool run_async_one();
   void block(Fiber&, const char* why, u32 arg = 0);
   ~Gang() {
-    for (Cta* c : ctas) {
-      for (Fiber* f : c->threads) delete f;
-      delete c;
-    }
+    for (Cta* c : ctas) delete c;
   }
   bool eager() {
     Async a = config().async;
@@ -192,10 +194,12 @@ inline Fiber& fiber(Thread& t) { return static_cast<Fiber&>(t); }
 void collective(Thread&, u32 key, u32 mask, void* arg, RendezvousFunction, const void* spec, const char* what);
 // Host pointer for an asynchronous (or whole-operand) access to n bytes of shared memory.
 u8* async_smem(Fiber&, Cta&, u32 off, u32 n, bool store, bool async_proxy);
-Cta& cta_of(Fiber&, u64& addr);  // resolves and strips the cluster rank / generic window
+void mark_in_flight(Fiber&, Cta&, u64 off, u64 n);  // a copy has been issued: the bytes must not be touched
+Cta& cta_of(Fiber&, u64& addr);                     // resolves and strips the cluster rank / generic window
 u8* global_range(Fiber&, u64 a, u64 n, const char* what);
 void mbar_complete_tx(Fiber&, Cta&, u32 off, s64 bytes);
-void gang_issue_load(Fiber&, std::function<void()> run);  // now (eager) or when the gang is idle (lazy)
+// Now (eager) or when the gang is idle (lazy); writes n bytes at dst, in the CTAs of mask if it is not 0.
+void gang_issue_load(Fiber&, u64 dst, u64 n, u32 mask, std::function<void()> run);
 void bulk_red(u8* dst, const u8* src, u32 n, int red);
 void bulk_issue(Fiber&, std::function<void(std::vector<u8>&)> read, std::function<void(std::vector<u8>&)> write);
 

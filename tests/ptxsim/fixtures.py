@@ -72,6 +72,21 @@ def cute() -> Sim:
     return _kernels("cute", "90a", (include,))
 
 
+@pytest.fixture
+def instructions() -> Sim:
+    return _kernels("instructions", "80")
+
+
+@pytest.fixture
+def wrong() -> Sim:
+    return _kernels("wrong", "80")
+
+
+@pytest.fixture
+def wrong_hopper() -> Sim:
+    return _kernels("wrong_hopper", "90a")
+
+
 def schedule_id(options: dict[str, Any]) -> str:
     return "-".join(f"{name.rstrip('_')}={value}" for name, value in options.items()) or "default"
 

@@ -199,6 +199,10 @@ static void run_gang(Gang& g, Job& j, u32 index) {
   g.smem_end = dyn_base + l.dyn_smem;
   if (!l.dyn_smem) g.smem_end = SMEM_BASE + k.static_smem;
   while (g.ctas.size() < csize) g.ctas.push_back(new Cta());
+  while (g.ctas.size() > csize) {  // of a launch with larger clusters
+    delete g.ctas.back();
+    g.ctas.pop_back();
+  }
   for (u32 r = 0; r < csize; r++) {
     Cta& c = *g.ctas[r];
     u32 cr[3] = {r % l.cluster[0], r / l.cluster[0] % l.cluster[1], r / l.cluster[0] / l.cluster[1]},

@@ -114,10 +114,13 @@ void mma(Thread& t, u32 key, const MmaSpec& spec, const u32* a, const u32* b, co
           }
         }
         if (s.acc == E_S32) {
-          s32 acc[16 * 8];
-          each_acc(8, [&](int l, int r, int i, int j) { acc[i * 8 + j] = A(l).c[r]; });
-          gemm16<s32>(8, k, fa, fb, acc);
-          each_acc(8, [&](int l, int r, int i, int j) { A(l).d[r] = acc[i * 8 + j]; });
+          s64 acc[16 * 8];
+          each_acc(8, [&](int l, int r, int i, int j) { acc[i * 8 + j] = (s32)A(l).c[r]; });
+          gemm16<s64>(8, k, fa, fb, acc);
+          each_acc(8, [&](int l, int r, int i, int j) {
+            s64 x = acc[i * 8 + j];
+            A(l).d[r] = s.satfinite ? isat<s32>(x) : (s32)x;
+          });
         } else {
           f32 acc[16 * 8];
           bool h = s.acc == E_F16;

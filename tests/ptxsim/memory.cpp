@@ -118,6 +118,17 @@ Cta& cta_of(Fiber& f, u64& a) {
   a &= 0xffffff;
   return *f.gang->ctas[r - 1];
 }
+void fault_unreadable(Thread& t, u32 a, u32 n) {
+  const u32* w = t.shadow + a;
+  bool in_flight = std::find(w, w + n, IN_FLIGHT) != w + n;
+  if (in_flight) fault(t, "read of shared memory that an asynchronous copy still writes: offset 0x%x, %u bytes", a, n);
+  fault(t, "read of shared memory never written: offset 0x%x, %u bytes", a, n);
+}
+void mark_in_flight(Fiber& f, Cta& c, u64 off, u64 n) {
+  if (off < SMEM_BASE || off + n > f.smem_end)
+    fault(f, "out-of-bounds asynchronous copy: %lu bytes to shared offset 0x%lx", n, off);
+  if (f.flags & F_UNINIT) std::fill(&c.shadow[off], &c.shadow[off] + n, IN_FLIGHT);
+}
 u8* shared_slow(Thread& t, u64 a, u32 n, bool store) {
   Fiber& f = fiber(t);
   if (a & (n - 1)) fault(t, "misaligned shared %s of %u bytes at offset 0x%lx", store ? "store" : "load", n, a);
@@ -142,9 +153,10 @@ u8* async_smem(Fiber& f, Cta& c, u32 off, u32 n, bool store, bool async_proxy) {
     u32 x = w[i];
     if (x == prev && x) continue;
     prev = x;
-    if (!x) {
+    if (x + 1 < 2) {
       if (f.flags & F_UNINIT)
-        fault(f, "asynchronous or matrix read of shared memory never written: offset 0x%x", off + i);
+        fault(f, "asynchronous or matrix read of shared memory %s: offset 0x%x",
+              x ? "that an asynchronous copy still writes" : "never written", off + i);
       continue;
     }
     u32 who = x & 0x7ff;

@@ -1,8 +1,7 @@
 // ptxsim device-side runtime: what translated kernels include.
 //
-// Every CUDA thread is a fiber running one translated C++ function on a Thread&.
-// Scalar instructions are inline here; anything that can block, fault or act on
-// more than one thread is an out-of-line call into runtime.cpp / tensor.cpp.
+// Every CUDA thread is a fiber that runs one translated C++ function on a Thread&. Scalar instructions are inline here
+// and in arith.hpp; whatever can block, fault or act on several threads is a call into the other files.
 #pragma once
 #include <immintrin.h>
 #include <cstring>
@@ -20,6 +19,7 @@ constexpr u32 SMEM_BASE = 1024;  // sm_90 reserves the first KiB; also makes 0 a
 // Shadow word of one shared-memory byte: 0 = never written, else writer tid+1 (low 11
 // bits; ASYNC_WRITER for cp.async/TMA) and the writer's clock at the time (upper 21 bits).
 constexpr u32 ASYNC_WRITER = 0x7ff;
+constexpr u32 IN_FLIGHT = ~0u;  // the byte will be written by an asynchronous copy that has been issued
 
 enum Flags : u32 { F_UNINIT = 1, F_RACE = 2, F_PROXY = 4, F_PREEMPT = 8 };
 struct GlobalRange {
@@ -43,6 +43,7 @@ struct Thread {
 [[noreturn]] void fault(Thread&, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
 u8* shared_slow(Thread&, u64 addr, u32 n, bool store);
 u8* global_slow(Thread&, u64 addr, u32 n, bool store, bool generic);
+[[noreturn]] void fault_unreadable(Thread&, u32 addr, u32 n);  // never written, or in flight
 void race_check(Thread&, u32 addr, u32 n, bool store);
 void maybe_preempt(Thread&);
 void spin_hint(Thread&);  // called by polling loads/atomics/nanosleep
@@ -53,9 +54,8 @@ inline u8* shared_ld(Thread& t, u64 a, u32 n) {
   if (t.flags & F_PREEMPT) maybe_preempt(t);
   const u32* w = t.shadow + a;
   bool bad = false;
-  for (u32 i = 0; i < n; i++) bad |= w[i] == 0;
-  if (__builtin_expect(bad && (t.flags & F_UNINIT), 0))
-    fault(t, "read of shared memory never written: offset 0x%x, %u bytes", (u32)a, n);
+  for (u32 i = 0; i < n; i++) bad |= w[i] + 1 < 2;  // 0 or IN_FLIGHT
+  if (__builtin_expect(bad && (t.flags & F_UNINIT), 0)) fault_unreadable(t, a, n);
   if (t.flags & F_RACE) race_check(t, a, n, false);
   return t.smem + a;
 }
@@ -64,7 +64,13 @@ inline u8* shared_st(Thread& t, u64 a, u32 n) {
   if (t.flags & F_PREEMPT) maybe_preempt(t);
   if (t.flags & F_RACE) race_check(t, a, n, true);
   u32 tag = (t.linear + 1) | t.clock << 11, *w = t.shadow + a;
-  for (u32 i = 0; i < n; i++) w[i] = tag;
+  bool in_flight = false;
+  for (u32 i = 0; i < n; i++) {
+    in_flight |= w[i] == IN_FLIGHT;
+    w[i] = tag;
+  }
+  if (__builtin_expect(in_flight && (t.flags & F_UNINIT), 0))
+    fault(t, "write of shared memory that an asynchronous copy still writes: offset 0x%x, %u bytes", (u32)a, n);
   return t.smem + a;
 }
 // For atomics and polling loads: no race report (they synchronise), same bounds checks.
@@ -199,6 +205,13 @@ void wgmma_fence(Thread&, u32 key);
 void wgmma_commit(Thread&, u32 key);
 void wgmma_wait(Thread&, u32 key, u32 n, u32* regs, int nregs);
 constexpr u32 TOKEN_BASE = 0x7f800001;  // .. 0x7fbfffff
+constexpr u32 TOKENS = 0x3fffff;
+// For instructions that read a register which may hold a token. f16 accumulators that are NaN look the same.
+inline void check_resolved(Thread& t, u32 line, u32 bits) {
+  if (__builtin_expect(bits - TOKEN_BASE >= TOKENS, 1)) return;
+  t.line = line;
+  fault(t, "read of a wgmma result that has not been waited for (wgmma.wait_group)");
+}
 
 int device_printf(Thread&, u64 fmt, u64 args);
 u32 sm_count();

@@ -35,32 +35,28 @@ ptxsim_switch:
 
 // ---- reports
 
+// A line of PTX, and the source lines it comes from (.loc): "x.ptx:12: bar.sync 0;  (k.cu:34, inlined at k.cu:56)".
 static std::string ptx_line(const KernelInfo& k, u32 line) {
   std::ifstream in(k.ptx_file);
-  std::string s, text, loc;
-  std::map<std::string, std::string> files;
+  std::string s, text, location;
+  std::map<int, std::string> files;
   for (u32 n = 1; std::getline(in, s); n++) {
-    std::istringstream is(s);
-    std::string w;
-    is >> w;
-    if (n <= line && w == ".loc") {
-      std::string f, l;
-      is >> f >> l;
-      loc = f + ":" + l;
-    }
-    if (w == ".file") {
-      std::string f, name;
-      is >> f >> name;
-      files[f] = name;
-    }
-    if (n == line) {
-      text = s.substr(std::min(s.size(), s.find_first_not_of(" \t")));
-    }
+    int file;
+    char name[1024];
+    if (sscanf(s.c_str(), " .file %d \"%1023[^\"]\"", &file, name) == 2) files[file] = name;
+    if (n <= line && s.find(".loc") != s.npos) location = s;
+    if (n == line) text = s.substr(std::min(s.size(), s.find_first_not_of(" \t")));
   }
   if (text.size() > 140) text = text.substr(0, 140) + "...";
-  std::string r = std::string(k.ptx_file) + ":" + std::to_string(line) + ": " + text;
-  if (!loc.empty()) r += "   (" + files[loc.substr(0, loc.find(':'))] + loc.substr(loc.find(':')) + ")";
-  return r;
+  std::string places;
+  for (const char* key : {".loc %d %d", "inlined_at %d %d"}) {
+    int file, source_line;
+    size_t at = location.find(std::string(key, 4));
+    if (at == location.npos || sscanf(location.c_str() + at, key, &file, &source_line) != 2) continue;
+    places += (places.empty() ? "" : ", inlined at ") + files[file] + ":" + std::to_string(source_line);
+  }
+  return std::string(k.ptx_file) + ":" + std::to_string(line) + ": " + text +
+         (places.empty() ? "" : "   (" + places + ")");
 }
 std::string g_last_error;
 static std::mutex g_err_mutex;

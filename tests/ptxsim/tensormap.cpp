@@ -65,7 +65,7 @@ void tma_load(Thread& t, int dim, u64 dst, u64 map, const s32* coord, u64 mb, u3
   u64 d0 = dst;
   cta_of(*f, d0);
   if (d0 & 127) fault(t, "cp.async.bulk.tensor: shared address 0x%lx is not 128-byte aligned", d0);
-  gang_issue_load(*f, [=] {
+  gang_issue_load(*f, dst, box_bytes(m), mask, [=] {
     for (u32 r = 0; r < f->cluster_size; r++) {
       u64 d = dst, mo = mb;
       Cta *ct = &cta_of(*f, d), *mc = &cta_of(*f, mo);

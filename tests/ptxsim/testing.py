@@ -82,7 +82,7 @@ def reset() -> None:
 
 def last_error() -> str:
     """The report of the first launch that failed since clear(), or an empty string."""
-    return str(runtime().ptxsim_error().decode())
+    return str(runtime().ptxsim_error().decode(errors="replace"))
 
 
 def clear() -> None:
@@ -126,7 +126,7 @@ class Sim:
                 else:
                     converted.append(ctypes.c_void_p(memory[0]))
                     ranges.append(memory)
-            pointers = []
+            pointers: list[int] = []
             end = 0
             for pointer, nbytes in sorted(ranges, key=lambda r: (r[0], -r[1])):  # views of one array are one range
                 if pointer + nbytes <= end:

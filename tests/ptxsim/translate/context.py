@@ -114,8 +114,8 @@ class SharedLayout:
 
     def __init__(self, base: SharedLayout | None = None) -> None:
         self.offsets: dict[str, int] = dict(base.offsets) if base else {}
-        self.end = base.end if base else 0
-        self.dynamic_align = base.dynamic_align if base else 16
+        self.end: int = base.end if base else 0
+        self.dynamic_align: int = base.dynamic_align if base else 16
 
     def offset(self, name: str, variable: Variable) -> str:
         if variable.extern or variable.size == 0:
@@ -133,6 +133,8 @@ class Step:
     """What the analysis of wgmma needs to know of one item of a function's body."""
 
     label: str = ""
+    line: int = 0
+    condition: str = ""  # C++ expression of the predicate
     uses: set[str] = field(default_factory=set)
     defs: set[str] = field(default_factory=set)
     guarded: bool = False
@@ -173,6 +175,8 @@ class Context:
             raise
         except Exception as error:
             self.error(f"cannot translate ({type(error).__name__}: {error})")
+        if item.predicate:
+            self.step.condition = self.read(("!" if item.negated else "") + item.predicate, "pred")
         return code, self.step
 
     def error(self, message: str) -> NoReturn:

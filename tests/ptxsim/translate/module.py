@@ -71,13 +71,21 @@ def _live_tokens(steps: list[Step], tokens: set[str]) -> dict[int, list[str]]:
 
 
 def _resolve_wgmma(c: Context, lines: list[str], steps: list[Step]) -> None:
-    """Fills in the waits: each replaces, in the registers that are live after it, what its operations have computed."""
+    """Fills in the waits, and checks the registers that instructions other than moves read.
+
+    A wait replaces, in the registers that are live after it, what its operations have computed.
+    """
     types = {register_name(scope, name): ptx_type for (scope, name), ptx_type in c.function.registers.items()}
-    for i, live in _live_tokens(steps, _token_registers(c)).items():
+    tokens = {name for name in _token_registers(c) if SIZES[types[name]] == 4}
+    for i, live in _live_tokens(steps, tokens).items():
         values = ", ".join(f"bc<u32>({name})" for name in live) or "0"
         back = " ".join(f"{name} = bc<{storage_type(types[name])}>(w_[{k}]);" for k, name in enumerate(live))
         call = rf"wgmma_wait(t, \1, \2, w_, {len(live)});"
         lines[i] = WGMMA_WAIT.sub(f"{{ u32 w_[] = {{{values}}}; {call} {back} }}", lines[i])
+    for i, step in enumerate(steps):
+        if not step.may_hold_tokens:
+            checks = [f"check_resolved(t, {step.line}, bc<u32>({name}));" for name in sorted(step.uses & tokens)]
+            lines[i] = " ".join([*checks, lines[i]])
 
 
 def _translate_body(c: Context) -> tuple[list[str], list[Step]]:
@@ -92,10 +100,8 @@ def _translate_body(c: Context) -> tuple[list[str], list[Step]]:
         code, step = c.translate(item)
         if c.root not in PURE:
             code = f"t.line = {item.line}; {code}"
-        if item.predicate:
-            condition = c.read(("!" if item.negated else "") + item.predicate, "pred")
-            code = f"if ({condition}) {{ {code} }}"
-        lines.append("  " + code)
+        step.line = item.line
+        lines.append(code)
         steps.append(step)
     return lines, steps
 
@@ -133,6 +139,9 @@ def _translate_function(c: Context, signature: str) -> str:
     c.param_offsets, _ = _parameter_layout(c.function)
     lines, steps = _translate_body(c)
     _resolve_wgmma(c, lines, steps)
+    for i, step in enumerate(steps):
+        if step.condition:
+            lines[i] = f"if ({step.condition}) {{ {lines[i]} }}"
     constants = [line % f"constant_{c.index}_{i}" for i, line in enumerate(c.constants)]
     dynamic = "  const u64 DYN_SMEM = t.smem_end - t.dyn_smem; (void)DYN_SMEM;"
     body = [dynamic, *_declarations(c, lines, steps), *lines]
