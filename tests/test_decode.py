@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import GPU_KERNELS
 from qwen_sparse import ops, reference
 from qwen_sparse.testing import assert_close_to_reference
 
@@ -122,6 +123,46 @@ def test_int8_cache_equals_dequantized_cache(kernels: str) -> None:
     ours = ops.decode_attention(q[0], paged(k8), paged(v8), table, seqlens, **scales, **bias_args, **dual_chunk)
     expected = ops.decode_attention(q[0], *(paged(x) for x in full), table, seqlens, **dual_chunk)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
+def test_lengths_and_pages_out_of_range(cache: str, kernels: str) -> None:
+    """A GPU does not check them: lengths are clamped, and keys on pages that do not exist are not attended."""
+    (q, k, v, table, seqlens), kwargs = Case("", (200, 130), page_size=16).inputs(torch.bfloat16, cache)
+
+    def run(table: torch.Tensor, seqlens: list[int], window: int | None = None) -> list[torch.Tensor]:
+        lengths = torch.tensor(seqlens, dtype=torch.int32)
+        return ops.decode_attention(q, k, v, table, lengths, return_lse=True, **{**kwargs, "window": window})
+
+    capacity = table.shape[1] * 16
+    for wrong, meant in (([0, -(2**31)], [1, 1]), ([capacity + 1, 2**31 - 1], [capacity] * 2)):
+        for ours, expected in zip(run(table, wrong), run(table, meant), strict=True):
+            assert torch.equal(ours, expected)
+    absent = table.clone()
+    absent[0, :5] = torch.tensor([-1, len(k), 2**31 - 1, -(2**31), 10**6])
+    absent[1] = -1
+    out, lse = run(absent, seqlens.tolist())
+    expected, expected_lse = run(table, seqlens.tolist(), window=200 - 5 * 16)
+    torch.testing.assert_close(out[0], expected[0], rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(lse[0], expected_lse[0], rtol=0, atol=1e-4)
+    assert not out[1].any()
+    assert (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
+def test_capacity_far_above_lengths(cache: str, kernels: str) -> None:
+    """The division of the work follows the block table's width; a captured call is replayed with other lengths."""
+    (q, k, v, table, _), kwargs = Case("", (300, 300), page_size=48).inputs(torch.bfloat16, cache)
+    wide = torch.full((2, 2000), -1, dtype=torch.int32)
+    wide[:, : table.shape[1]] = table
+    for seqlens in ([1, 64], [65, 300]):
+        lengths = torch.tensor(seqlens, dtype=torch.int32)
+        ours = ops.decode_attention(q, k, v, wide, lengths, return_lse=True, **kwargs)
+        expected = ops.decode_attention(q, k, v, table, lengths, return_lse=True, **kwargs)
+        torch.testing.assert_close(ours[0], expected[0], rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=1e-4)
 
 
 ARGS, _ = Case("small", (50, 20), page_size=16).inputs(torch.float32, "same")
