@@ -16,6 +16,7 @@ template <typename T, typename C, int kHeadDim>
 class DecodeAttention {
   static constexpr bool kIsInt8 = sizeof(C) == 1;
   static constexpr bool kHasLow = kIsInt8 && sizeof(T) == 4;  // float32 rows need more than 16 bits
+  static constexpr bool kPairs = kIsInt8 && !kHasLow;        // products of weights and values in integers
   static constexpr int kHalf = kHeadDim / 2;
   static constexpr int kElems = kIsInt8 ? kHalf : kHeadDim;  // of a query row or a packed key
   using Product = typename Choose<kIsInt8, Int16Product, FloatProduct>::type;
@@ -23,12 +24,16 @@ class DecodeAttention {
 
  public:
   explicit DecodeAttention(const DecodeParams& params)
-      : p_(params), plan_(params), partials_(params.workspace + plan_.bias_table_size) {
+      : p_(params),
+        plan_(params),
+        heads_per_task_(min(max(kMaxDecodeRows / (plan_.rows_per_task * plan_.group_size), int64_t{1}), kMaxHeads)),
+        head_blocks_(ceil_div(plan_.num_kv_heads, heads_per_task_)),
+        partials_(params.workspace + plan_.bias_table_size) {
     if (p_.bias.data == nullptr) return;
     for (int i = 0; i < kHalf; ++i) half_inv_freq_[i] = p_.bias.inv_freq[i] / 2;
   }
 
-  int64_t num_tasks() const { return plan_.num_tasks; }
+  int64_t num_tasks() const { return plan_.num_tasks * head_blocks_; }
   int64_t num_outputs() const { return p_.batch * p_.shape.seqlen_q * p_.shape.num_heads; }
 
   size_t scratch_bytes() const {
@@ -45,13 +50,25 @@ class DecodeAttention {
     }
   }
 
-  void run_task(int64_t index, std::byte* memory) const {
+  // `following` is the task that this thread takes next, or -1: its first keys are asked for in time.
+  void run_task(int64_t index, int64_t following, std::byte* memory) const {
     Arena arena(memory);
     const Scratch scratch(arena);
-    const Task task(plan_, p_, index);
-    const int64_t step = min(max(kMaxDecodeRows / (task.num_rows * plan_.group_size), int64_t{1}), kMaxHeads);
-    for (int64_t head = 0; head < p_.shape.num_kv_heads; head += step) {
-      run_heads(task, {head, min(step, p_.shape.num_kv_heads - head)}, scratch);
+    const Task task(*this, index);
+    Task after(*this, max<int64_t>(following, 0));
+    if (following < 0) after.end = after.begin;
+    const int64_t rows = task.num_rows * plan_.group_size;
+    for (int64_t i = 0; i < task.num_heads * rows; ++i) scratch.l[i] = VecF{};
+    for (int64_t i = 0; i < task.num_heads * kMaxDecodeRows; i += kLanes) store(scratch.m + i, splat(-kInfinity));
+    for (int64_t h = 0; h < task.num_heads; ++h) {
+      float* o = state_of(task.part, task.first_head + h).o;
+      for (int64_t i = 0; i < rows * kHeadDim; i += kLanes) store(o + i, VecF{});
+    }
+    if (task.begin < task.end) run_tiles(task, after, scratch);
+    for (int64_t h = 0; h < task.num_heads; ++h) {
+      const SoftmaxState state = state_of(task.part, task.first_head + h);
+      for (int64_t r = 0; r < rows; ++r) state.m[r] = scratch.m[h * kMaxDecodeRows + r];
+      for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[h * rows + r]);
     }
   }
 
@@ -62,8 +79,8 @@ class DecodeAttention {
     const int64_t batch = output / p_.shape.num_heads / p_.shape.seqlen_q;
     const int64_t kv_head = head / plan_.group_size;
     const int64_t m_index = row % plan_.rows_per_task * plan_.group_size + head % plan_.group_size;
-    const int64_t first_task = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
-    const auto part_of = [&](int64_t split) { return state_of(first_task + split, kv_head); };
+    const int64_t first_part = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
+    const auto part_of = [&](int64_t split) { return state_of(first_part + split, kv_head); };
     float m = -kInfinity, l = 0.0f;
     for (int64_t split = 0; split < plan_.num_splits; ++split) m = max(m, part_of(split).m[m_index]);
     float o[kHeadDim];
@@ -84,19 +101,21 @@ class DecodeAttention {
  private:
   static constexpr int64_t kMaxHeads = 8;  // whose next keys and values wait in the second-level cache: 2 x 256 KiB
 
+  // Some rows of one sequence, some neighbouring kv heads, and the keys [begin, end), of which there may be none.
   struct Task {
-    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index_)
-        : index(index_),
-          split(index % plan.num_splits),
-          first_row(index / plan.num_splits % plan.row_blocks * plan.rows_per_task),
-          num_rows(min(plan.rows_per_task, p.shape.seqlen_q - first_row)),
-          batch(index / plan.num_splits / plan.row_blocks) {}
-    int64_t index, split, first_row, num_rows, batch;
-  };
-
-  // The kv heads that are taken together.
-  struct Heads {
-    int64_t first, count;
+    Task(const DecodeAttention& a, int64_t index)
+        : part(index / a.head_blocks_),
+          first_head(index % a.head_blocks_ * a.heads_per_task_),
+          num_heads(min(a.heads_per_task_, a.plan_.num_kv_heads - first_head)),
+          batch(part / a.plan_.num_splits / a.plan_.row_blocks),
+          first_row(part / a.plan_.num_splits % a.plan_.row_blocks * a.plan_.rows_per_task),
+          num_rows(min(a.plan_.rows_per_task, a.p_.shape.seqlen_q - first_row)),
+          first_position(a.p_.seqlens_k[batch] - a.p_.shape.seqlen_q + first_row) {
+      const int64_t split = part % a.plan_.num_splits;
+      begin = max(split * kDecodeSplit, first_position - a.p_.window + 1);
+      end = min((split + 1) * kDecodeSplit, first_position + num_rows);
+    }
+    int64_t part, first_head, num_heads, batch, first_row, num_rows, first_position, begin, end;
   };
 
   // Of the rows, one of the three rotations.
@@ -104,12 +123,6 @@ class DecodeAttention {
     Elem *high, *low;  // [kMaxDecodeRows, kElems]; low: kHasLow only
     float* unit;       // [kMaxDecodeRows] what one of `high` stands for, int8 only
     float* bias;       // [kMaxDecodeRows, kHeadDim] q . R_j b = bias[:half] . cos + bias[half:] . sin
-  };
-
-  // Consecutive keys and where they lie for the first of the heads; the last one repeats up to kTileKeys.
-  struct Tile {
-    int64_t first, count;
-    const C **k, **v;  // [kTileKeys]
   };
 
   struct Scratch {
@@ -127,7 +140,7 @@ class DecodeAttention {
           limits(arena.take<RowLimits>(kMaxDecodeRows)),
           row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
           positions(arena.take<int32_t>(kTileKeys)) {
-      for (Tile& tile : tiles) {
+      for (Tile<C>& tile : tiles) {
         tile.k = arena.take<const C*>(kTileKeys);
         tile.v = arena.take<const C*>(kTileKeys);
       }
@@ -152,90 +165,64 @@ class DecodeAttention {
     RowLimits* limits;
     int64_t* row_chunks;
     int32_t* positions;
-    Tile tiles[2];
+    Tile<C> tiles[2];
     Queries q[3];
   };
 
-  SoftmaxState state_of(int64_t task, int64_t kv_head) const {
+  SoftmaxState state_of(int64_t part, int64_t kv_head) const {
     const int64_t rows = plan_.rows_per_task * plan_.group_size;
-    float* base = partials_ + (task * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
+    float* base = partials_ + (part * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
     return {base, base + rows, base + 2 * rows};
   }
 
-  void run_heads(const Task& task, Heads heads, const Scratch& scratch) const {
+  void run_tiles(const Task& task, const Task& after, const Scratch& scratch) const {
     const int64_t rows = task.num_rows * plan_.group_size;
-    for (int64_t i = 0; i < heads.count * rows; ++i) scratch.l[i] = VecF{};
-    for (int64_t i = 0; i < heads.count * kMaxDecodeRows; i += kLanes) store(scratch.m + i, splat(-kInfinity));
-    for (int64_t h = 0; h < heads.count; ++h) {
-      float* o = state_of(task.index, heads.first + h).o;
-      for (int64_t i = 0; i < rows * kHeadDim; i += kLanes) store(o + i, VecF{});
-    }
-    walk(task, heads, rows, scratch);
-    for (int64_t h = 0; h < heads.count; ++h) {
-      const SoftmaxState state = state_of(task.index, heads.first + h);
-      for (int64_t r = 0; r < rows; ++r) state.m[r] = scratch.m[h * kMaxDecodeRows + r];
-      for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[h * rows + r]);
-    }
-  }
-
-  // All tiles of the task.
-  void walk(const Task& task, Heads heads, int64_t rows, const Scratch& scratch) const {
-    const int64_t seqlen_k = p_.seqlens_k[task.batch];
-    const int64_t first_position = seqlen_k - p_.shape.seqlen_q + task.first_row;
-    const int64_t lowest = first_position - p_.window + 1;
-    const int64_t begin = max(task.split * kDecodeSplit, lowest);
-    const int64_t end = min((task.split + 1) * kDecodeSplit, first_position + task.num_rows);
-    if (begin >= end) return;
-
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t position = first_position + m / plan_.group_size;
+      const int64_t position = task.first_position + m / plan_.group_size;
       scratch.row_chunks[m] = chunk_of(position, p_.chunk_len);
       scratch.limits[m] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
                            static_cast<int32_t>(position)};
     }
-    for (int64_t h = 0; h < heads.count; ++h) stage_queries(task, heads.first + h, h * rows, scratch);
+    for (int64_t h = 0; h < task.num_heads; ++h) stage_queries(task, task.first_head + h, h * rows, scratch);
     const int64_t last_limit = scratch.limits[rows - 1].lower;
-    Tile tile = locate(task, heads, begin, end, scratch.tiles[0]);
+    Tile<C> tile = locate(task, task.begin, scratch.tiles[0]);
     while (true) {
       const int64_t key = tile.first, count = tile.count;
-      const bool is_last = key + count == end;
-      const Tile next = is_last ? tile : locate(task, heads, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
-      const bool masked = count % kKeyGroup != 0 || key + count - 1 > first_position || key <= last_limit;
+      const bool is_last = key + count == task.end;
+      const Tile<C> next = locate(is_last ? after : task, is_last ? after.begin : key + count,
+                                  scratch.tiles[tile.k == scratch.tiles[0].k]);
+      const bool masked = count % kKeyGroup != 0 || key + count - 1 > task.first_position || key <= last_limit;
       for (int64_t i = 0; masked && i < round_up_to_groups(count); ++i) {
         scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
       }
-      for (int64_t h = 0; h < heads.count; ++h) {
-        // While this head's keys are worked on, its share of the next tile's rows is asked for.
-        Ahead<kHeadDim, C> ahead(next.k, next.v, is_last ? 0 : next.count * h / heads.count,
-                                 is_last ? 0 : next.count * (h + 1) / heads.count, heads.count, p_.k.head_stride,
-                                 p_.v.head_stride);
-        run_tile(task, heads.first + h, h, rows, tile, masked, scratch, ahead);
+      for (int64_t h = 0; h < task.num_heads; ++h) {  // beside each head's work, a share of the next tile is asked for
+        Ahead<kHeadDim, C> ahead(next, h, task.num_heads, p_.k.head_stride, p_.v.head_stride);
+        run_tile(task, h, rows, tile, masked, scratch, ahead);
       }
       if (is_last) break;
       tile = next;
     }
   }
 
-  // One tile of one kv head, the h-th of those taken together.
-  void run_tile(const Task& task, int64_t kv_head, int64_t h, int64_t rows, const Tile& tile, bool masked,
-                const Scratch& scratch, Ahead<kHeadDim, C>& ahead) const {
+  // One tile of the h-th head.
+  void run_tile(const Task& task, int64_t h, int64_t rows, const Tile<C>& tile, bool masked, const Scratch& scratch,
+                Ahead<kHeadDim, C>& ahead) const {
     const int64_t columns = round_up_to_groups(tile.count);
     const TileSoftmax& softmax = scratch.softmax;
-    float* o = state_of(task.index, kv_head).o;
+    float* o = state_of(task.part, task.first_head + h).o;
     float v_unit = 1.0f;
     if constexpr (kIsInt8) {
-      copy_scales(p_.k_scale, task, kv_head, tile, scratch.k_scale);
-      copy_scales(p_.v_scale, task, kv_head, tile, scratch.v_scale);
-      if constexpr (!kHasLow) v_unit = to_fixed_scales(scratch.v_scale);
+      copy_scales(p_.k_scale, task, task.first_head + h, tile, scratch.k_scale);
+      copy_scales(p_.v_scale, task, task.first_head + h, tile, scratch.v_scale);
     }
     pack_keys<kHeadDim>(tile.k, h * p_.k.head_stride, columns, scratch.packed_k, ahead);
     score(h * rows, rows, tile, columns, scratch, ahead);
+    if constexpr (kPairs) v_unit = to_fixed_scales(scratch.v_scale);
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scratch.s + r * kTileKeys;
       softmax.top[r] = largest_lane(masked ? largest_scores<true>(s, columns, scratch.limits[r], scratch.positions)
                                            : largest_scores<false>(s, columns, {}, nullptr));
     }
-    constexpr bool kPairs = kIsInt8 && !kHasLow;
     advance<kPairs>(rows, softmax, scratch.m + h * kMaxDecodeRows);
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scratch.s + r * kTileKeys;
@@ -299,53 +286,57 @@ class DecodeAttention {
     }
   }
 
-  // Calls body(first, last, page, row) for the runs of keys [first, last) of a tile that lie in one page, from `row` on.
+  // Calls body(first, last, page, row) for each page of a tile: keys [first, last) of the tile lie there from `row` on.
   template <typename Body>
-  void for_each_run(const Task& task, const Tile& tile, Body body) const {
+  void for_each_page(const Task& task, const Tile<C>& tile, Body body) const {
     for (int64_t i = 0; i < tile.count;) {
       const int64_t page = p_.block_table[task.batch * p_.block_table_stride + (tile.first + i) / p_.page_size];
       const int64_t row = (tile.first + i) % p_.page_size;
-      const int64_t stop = min(tile.count, i + p_.page_size - row);
-      body(i, stop, page, row);
-      i = stop;
+      const int64_t last = min(tile.count, i + p_.page_size - row);
+      body(i, last, page, row);
+      i = last;
     }
   }
 
   template <typename E>
-  static const E* at(const Pages& pages, int64_t page, int64_t row, int64_t kv_head) {
+  static const E* row_of(const Pages& pages, int64_t page, int64_t row, int64_t kv_head) {
     return static_cast<const E*>(pages.data) + page * pages.page_stride + row * pages.row_stride +
            kv_head * pages.head_stride;
   }
 
-  // The tile that starts at key `first`; asks for its scales.
-  Tile locate(const Task& task, Heads heads, int64_t first, int64_t end, Tile tile) const {
+  // The tile of a task that starts at key `first`; without keys if the task has none left.
+  Tile<C> locate(const Task& task, int64_t first, Tile<C> tile) const {
     tile.first = first;
-    tile.count = tile_end(first, end, p_.chunk_len) - first;
-    for_each_run(task, tile, [&](int64_t i, int64_t stop, int64_t page, int64_t row) {
-      const C* k = at<C>(p_.k, page, row, heads.first);
-      const C* v = at<C>(p_.v, page, row, heads.first);
-      for (; i < stop; ++i, k += p_.k.row_stride, v += p_.v.row_stride) {
-        tile.k[i] = k;
-        tile.v[i] = v;
-      }
+    tile.count = max<int64_t>(tile_end(first, task.end, p_.chunk_len) - first, 0);
+    tile.num_heads = task.num_heads;
+    for_each_page(task, tile, [&](int64_t i, int64_t last, int64_t page, int64_t row) {
+      const C* k = row_of<C>(p_.k, page, row, task.first_head);
+      const C* v = row_of<C>(p_.v, page, row, task.first_head);
+      for (int64_t j = i; j < last; ++j, k += p_.k.row_stride) tile.k[j] = k;
+      for (int64_t j = i; j < last; ++j, v += p_.v.row_stride) tile.v[j] = v;
     });
-    for (int64_t i = tile.count; i < kTileKeys; ++i) {
+    for (int64_t i = tile.count; 0 < i && i < kTileKeys; ++i) {
       tile.k[i] = tile.k[tile.count - 1];
       tile.v[i] = tile.v[tile.count - 1];
     }
     return tile;
   }
 
-  void copy_scales(const Pages& pages, const Task& task, int64_t kv_head, const Tile& tile, float* scales) const {
-    for_each_run(task, tile, [&](int64_t i, int64_t stop, int64_t page, int64_t row) {
-      const float* from = at<float>(pages, page, row, kv_head);
-      for (; i < stop; ++i, from += pages.row_stride) scales[i] = *from;
+  void copy_scales(const Pages& pages, const Task& task, int64_t kv_head, const Tile<C>& tile, float* scales) const {
+    for_each_page(task, tile, [&](int64_t i, int64_t last, int64_t page, int64_t row) {
+      const float* from = row_of<float>(pages, page, row, kv_head);
+      const int64_t stride = pages.row_stride;
+      for (; i + 8 <= last; i += 8, from += 8 * stride) {
+        QWEN_SPARSE_UNROLL
+        for (int j = 0; j < 8; ++j) scales[i + j] = from[j * stride];
+      }
+      for (; i < last; ++i, from += stride) scales[i] = *from;
     });
     for (int64_t i = tile.count; i < kTileKeys; ++i) scales[i] = 0.0f;
   }
 
   // Rows first_m to first_m + rows of all heads, scores from scratch.s on.
-  void score(int64_t first_m, int64_t rows, const Tile& tile, int64_t columns, const Scratch& scratch,
+  void score(int64_t first_m, int64_t rows, const Tile<C>& tile, int64_t columns, const Scratch& scratch,
              Ahead<kHeadDim, C>& ahead) const {
     for_each_rotation(
         scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
@@ -383,7 +374,7 @@ class DecodeAttention {
     }
   }
 
-  void add_int8(int64_t rows, int64_t columns, const Tile& tile, int64_t offset, float unit, const Scratch& scratch,
+  void add_int8(int64_t rows, int64_t columns, const Tile<C>& tile, int64_t offset, float unit, const Scratch& scratch,
                 float* o, Ahead<kHeadDim, C>& ahead) const {
 #ifdef __AVX512BW__
     if (has_vnni_) {
@@ -406,6 +397,7 @@ class DecodeAttention {
 
   const DecodeParams& p_;
   DecodePlan plan_;
+  int64_t heads_per_task_, head_blocks_;
   float* partials_;
   double half_inv_freq_[kHalf];
 #ifdef __AVX512BW__
@@ -419,8 +411,9 @@ void run(const DecodeParams& params) {
   if (params.bias.data != nullptr) {
     parallel_tasks(kHalfTile, 0, [&](int64_t task, std::byte*) { kernel.bias_table_task(task); });
   }
-  parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(),
-                 [&](int64_t task, std::byte* scratch) { kernel.run_task(task, scratch); });
+  parallel_tasks_ahead(kernel.num_tasks(), kernel.scratch_bytes(), [&](int64_t task, int64_t following, std::byte* scratch) {
+    kernel.run_task(task, following, scratch);
+  });
   parallel_tasks(kernel.num_outputs(), 0, [&](int64_t output, std::byte*) { kernel.merge_task(output); });
 }
 

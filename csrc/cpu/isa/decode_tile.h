@@ -261,20 +261,31 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   }
   const float unit = reduce_max(largest) / 32767.0f;
   const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
-  int16_t digits[2][kHeadDim];
+  int32_t digits[2][kHeadDim];
   for (int d = 0; d < kHeadDim; d += kLanes) {
     const VecF x = load(row + d) * inverse;
     const VecF whole = (x + kRound) - kRound;
     const VecI digit[2] = {__builtin_convertvector(whole, VecI), __builtin_convertvector((x - whole) * kLowUnit, VecI)};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int at = (d + lane) / 4 * 4 + ((d + lane) % 2) * 2 + (d + lane) % 4 / 2;
-      for (int i = 0; i < 2; ++i) digits[i][at] = static_cast<int16_t>(digit[i][lane]);
+    memcpy(digits[0] + d, &digit[0], sizeof(VecI));
+    memcpy(digits[1] + d, &digit[1], sizeof(VecI));
+  }
+  for (int i = 0; i < 2; ++i) {
+    int32_t* pairs = i == 0 ? high : low;
+    for (int d = 0; pairs != nullptr && d < kHeadDim; d += 4) {
+      const int32_t* four = digits[i] + d;
+      pairs[d / 2] = (four[0] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(four[2]) << 16);
+      pairs[d / 2 + 1] = (four[1] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(four[3]) << 16);
     }
   }
-  memcpy(high, digits[0], sizeof(digits[0]));
-  if (low != nullptr) memcpy(low, digits[1], sizeof(digits[1]));
   return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity in the row shows in its scores
 }
+
+// Consecutive keys of some neighbouring heads: where they lie for the first of these. The last key repeats up to kTileKeys.
+template <typename C>
+struct Tile {
+  int64_t first, count, num_heads;
+  const C **k, **v;  // [kTileKeys]
+};
 
 // Asks for the rows of a later tile, without waiting for them, in the order in which they lie in memory: all heads of a
 // key, then the next key. A core that reads lines in order gets 1.5 times the bandwidth of one that reads every second
@@ -282,20 +293,24 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
 template <int kHeadDim, typename C>
 class Ahead {
  public:
-  Ahead(const C* const* k, const C* const* v, int64_t begin, int64_t end, int64_t num_heads, int64_t k_head_stride,
-        int64_t v_head_stride)
-      : k_(k), v_(v), row_(begin), end_(end), num_heads_(num_heads), k_stride_(k_head_stride), v_stride_(v_head_stride) {}
+  // The part-th of num_parts of the tile's rows. The strides are those of heads.
+  Ahead(const Tile<C>& tile, int64_t part, int64_t num_parts, int64_t k_stride, int64_t v_stride)
+      : tile_(tile),
+        row_(tile.count * part / num_parts),
+        end_(tile.count * (part + 1) / num_parts),
+        k_stride_(k_stride),
+        v_stride_(v_stride) {}
 
   // Keys and values of the next `count` (key, head) pairs.
   void request(int64_t count) {
     for (; count > 0 && row_ < end_; --count) {
-      const C* k = k_[row_] + head_ * k_stride_;
-      const C* v = v_[row_] + head_ * v_stride_;
+      const C* k = tile_.k[row_] + head_ * k_stride_;
+      const C* v = tile_.v[row_] + head_ * v_stride_;
       QWEN_SPARSE_UNROLL
-      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(k + d, 0, 2);
+      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(k + d);
       QWEN_SPARSE_UNROLL
-      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(v + d, 0, 2);
-      if (++head_ == num_heads_) {
+      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(v + d);
+      if (++head_ == tile_.num_heads) {
         head_ = 0;
         ++row_;
       }
@@ -303,8 +318,8 @@ class Ahead {
   }
 
  private:
-  const C *const *k_, *const *v_;
-  int64_t row_, end_, head_ = 0, num_heads_, k_stride_, v_stride_;
+  Tile<C> tile_;
+  int64_t row_, end_, head_ = 0, k_stride_, v_stride_;
 };
 
 // Scores [rows, kTileKeys] of packed keys, raw: floats, or sums of int16 products.
