@@ -8,8 +8,8 @@
 
 namespace qwen_sparse::cpu {
 
-void run_tasks(int64_t num_tasks, size_t scratch_bytes, void (*body)(void*, int64_t, int64_t, std::byte*), void* context,
-               bool ahead) {
+void run_tasks(int64_t num_tasks, size_t scratch_bytes, void (*body)(void*, int64_t, int64_t, std::byte*),
+               void* context, bool ahead) {
   constexpr size_t kAlignment = 64;
   scratch_bytes = (scratch_bytes + kAlignment - 1) / kAlignment * kAlignment;
   const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());

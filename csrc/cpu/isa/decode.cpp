@@ -16,7 +16,7 @@ template <typename T, typename C, int kHeadDim>
 class DecodeAttention {
   static constexpr bool kIsInt8 = sizeof(C) == 1;
   static constexpr bool kHasLow = kIsInt8 && sizeof(T) == 4;  // float32 rows need more than 16 bits
-  static constexpr bool kPairs = kIsInt8 && !kHasLow;        // products of weights and values in integers
+  static constexpr bool kPairs = kIsInt8 && !kHasLow;         // products of weights and values in integers
   static constexpr int kHalf = kHeadDim / 2;
   static constexpr int kElems = kIsInt8 ? kHalf : kHeadDim;  // of a query row or a packed key
   using Product = typename Choose<kIsInt8, Int16Product, FloatProduct>::type;
@@ -338,17 +338,18 @@ class DecodeAttention {
   // Rows first_m to first_m + rows of all heads, scores from scratch.s on.
   void score(int64_t first_m, int64_t rows, const Tile<C>& tile, int64_t columns, const Scratch& scratch,
              Ahead<kHeadDim, C>& ahead) const {
-    for_each_rotation(
-        scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
-          const Queries& q = scratch.q[rotation];
-          float* s = scratch.s + row * kTileKeys;
-          if constexpr (kIsInt8) {
-            score_int8(q, first_m + row, num_rows, columns, scratch, s, ahead);
-          } else {
-            score_keys<Product, kElems>(num_rows, columns, q.high + (first_m + row) * kElems, scratch.packed_k, s, ahead);
-          }
-          if (p_.bias.data != nullptr) turn_and_add_bias(q, first_m + row, num_rows, tile.first, scratch, s);
-        });
+    const auto score_rows = [&](int64_t row, int64_t num_rows, int rotation) {
+      const Queries& q = scratch.q[rotation];
+      float* s = scratch.s + row * kTileKeys;
+      if constexpr (kIsInt8) {
+        score_int8(q, first_m + row, num_rows, columns, scratch, s, ahead);
+      } else {
+        const float* elems = q.high + (first_m + row) * kElems;
+        score_keys<Product, kElems>(num_rows, columns, elems, scratch.packed_k, s, ahead);
+      }
+      if (p_.bias.data != nullptr) turn_and_add_bias(q, first_m + row, num_rows, tile.first, scratch, s);
+    };
+    for_each_rotation(scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), score_rows);
   }
 
   void score_int8(const Queries& q, int64_t row, int64_t rows, int64_t columns, const Scratch& scratch, float* s,
@@ -382,7 +383,8 @@ class DecodeAttention {
                                                     o, ahead);
     }
 #endif
-    add_int8_values<Int16Product, kHeadDim>(rows, columns, scratch.sums, scratch.softmax, unit, tile.v, offset, o, ahead);
+    add_int8_values<Int16Product, kHeadDim>(rows, columns, scratch.sums, scratch.softmax, unit, tile.v, offset, o,
+                                            ahead);
   }
 
   void turn_and_add_bias(const Queries& q, int64_t row, int64_t rows, int64_t first, const Scratch& scratch,
@@ -411,9 +413,9 @@ void run(const DecodeParams& params) {
   if (params.bias.data != nullptr) {
     parallel_tasks(kHalfTile, 0, [&](int64_t task, std::byte*) { kernel.bias_table_task(task); });
   }
-  parallel_tasks_ahead(kernel.num_tasks(), kernel.scratch_bytes(), [&](int64_t task, int64_t following, std::byte* scratch) {
-    kernel.run_task(task, following, scratch);
-  });
+  parallel_tasks_ahead(
+      kernel.num_tasks(), kernel.scratch_bytes(),
+      [&](int64_t task, int64_t following, std::byte* scratch) { kernel.run_task(task, following, scratch); });
   parallel_tasks(kernel.num_outputs(), 0, [&](int64_t output, std::byte*) { kernel.merge_task(output); });
 }
 

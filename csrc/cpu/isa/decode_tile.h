@@ -194,9 +194,11 @@ QWEN_SPARSE_INLINE void multiply(const typename Product::Elem* a, int64_t lda, i
   }
 }
 
-// Keys, which start `offset` after `rows`, as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys.
+// Keys, which start `offset` after `rows`, as the right operand: packed[key / kLanes][element][key % kLanes], for whole
+// groups of kLanes keys.
 template <int kHeadDim, typename Next>
-QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t offset, int64_t count, int32_t* packed, Next& next) {
+QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t offset, int64_t count, int32_t* packed,
+                                  Next& next) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim / 2 * kLanes) {
     next.request(kLanes / 4);
     for (int d = 0; d < kHeadDim; d += 4 * kLanes) {
@@ -280,7 +282,8 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity in the row shows in its scores
 }
 
-// Consecutive keys of some neighbouring heads: where they lie for the first of these. The last key repeats up to kTileKeys.
+// Consecutive keys of some neighbouring heads: where they lie for the first of these. The last key repeats up to
+// kTileKeys.
 template <typename C>
 struct Tile {
   int64_t first, count, num_heads;
@@ -482,27 +485,29 @@ QWEN_SPARSE_INLINE void add_bias(int64_t rows, const float* turned, const float*
 // The largest of a row's scores [columns], after those outside `limits` were removed (kMasked).
 template <bool kMasked>
 QWEN_SPARSE_INLINE VecF largest_scores(float* s, int64_t columns, RowLimits limits, const int32_t* positions) {
-  VecF largest = splat(-kInfinity);
+  VecF largest = splat(-kInfinity), nan{};
   for (int64_t j = 0; j < columns; j += kLanes) {
     VecF x = load(s + j);
     if constexpr (kMasked) {
       const VecI position = load_as<VecI>(positions + j);
       x = ((position <= limits.upper) & (position > limits.lower)) ? x : splat(-kInfinity);
       store(s + j, x);
+      nan = x == x ? nan : x;
     }
     largest = vmax(largest, x);
   }
+  if constexpr (kMasked) largest += reduce_sum(nan);  // a NaN must not be lost among -inf: it is a key attended
   return largest;
 }
 
-// From the tile's largest scores to its factors; m [rows] becomes the maximum so far. With kOwnBase, weights are relative
-// to the tile's own maximum and not to m. Works on whole vectors of rows.
+// From the tile's largest scores to its factors; m [rows] becomes the maximum so far. With kOwnBase, weights are
+// relative to the tile's own maximum and not to m. Works on whole vectors of rows.
 template <bool kOwnBase>
 QWEN_SPARSE_INLINE void advance(int64_t rows, const TileSoftmax& tile, float* m) {
   const VecF lowest = splat(-3e38f);  // instead of -inf, so that differences are numbers
   for (int64_t r = 0; r < rows; r += kLanes) {
     const VecF top = load(tile.top + r), old = load(m + r);
-    const VecF updated = top <= old ? old : top;  // a NaN replaces
+    const VecF updated = ((top <= old) | (old != old)) ? old : top;  // a NaN replaces, and stays
     const VecF new_m = vmax(lowest, updated), base = kOwnBase ? vmax(lowest, top) : new_m;
     store(tile.base + r, base);
     store(tile.correction + r, exp2_nonpositive(vmax(lowest, old) - new_m));
@@ -511,7 +516,8 @@ QWEN_SPARSE_INLINE void advance(int64_t rows, const TileSoftmax& tile, float* m)
   }
 }
 
-// Weights of one row in place of its scores, times the values' scales if there are any; returns their sum without those.
+// Weights of one row in place of its scores, times the values' scales if there are any; returns their sum without
+// those.
 template <bool kScaled>
 QWEN_SPARSE_INLINE VecF scores_to_weights(float* s, int64_t columns, const float* scales, float base) {
   VecF sum{};
@@ -523,8 +529,9 @@ QWEN_SPARSE_INLINE VecF scores_to_weights(float* s, int64_t columns, const float
   return sum;
 }
 
-// The same as int16: scales are those of to_fixed_scales, weights at most 1. pairs[i]: keys j and j + kLanes, where keys
-// are taken in groups of kKeyGroup. The error is 2^-16 of the tile's largest weight, of results in 16 bits 2^-9 at best.
+// The same as int16: scales are those of to_fixed_scales, weights at most 1. pairs[i]: keys j and j + kLanes, where
+// keys are taken in groups of kKeyGroup. The error is 2^-16 of the tile's largest weight, of results in 16 bits 2^-9 at
+// best.
 QWEN_SPARSE_INLINE VecF scores_to_pairs(const float* s, int64_t columns, const float* scales, float base,
                                         int32_t* pairs) {
   constexpr float kRound = 12582912.0f;  // as in exp2_normal
@@ -532,7 +539,8 @@ QWEN_SPARSE_INLINE VecF scores_to_pairs(const float* s, int64_t columns, const f
   for (int64_t j = 0; j < columns; j += kKeyGroup) {
     const VecF first = exp2_clamped(load(s + j) - base), second = exp2_clamped(load(s + j + kLanes) - base);
     sum += first + second;
-    const VecI low = (VecI)(first * load(scales + j) + kRound), high = (VecI)(second * load(scales + j + kLanes) + kRound);
+    const VecI low = (VecI)(first * load(scales + j) + kRound),
+               high = (VecI)(second * load(scales + j + kLanes) + kRound);
     const VecI pair = (low & 0xffff) | (high << 16);
     memcpy(pairs + j / 2, &pair, sizeof(pair));
   }
