@@ -165,6 +165,16 @@ def test_capacity_far_above_lengths(cache: str, kernels: str) -> None:
         torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["same", "int8"])
+def test_nan_in_a_query_stays_in_its_row(cache: str, kernels: str) -> None:
+    """Also where the last tile is short, so that masked keys stand beside NaN scores."""
+    args, kwargs = Case("short_tile", (300, 13)).inputs(torch.bfloat16, cache)
+    args[0][:, :, 1, 3] = float("nan")
+    out, lse = ops.decode_attention(*args, return_lse=True, **kwargs)
+    assert out.isnan().all(-1)[:, 0].tolist() == [[False, True, False, False]] * 2
+    assert lse.isnan()[:, 0].tolist() == [[False, True, False, False]] * 2
+
+
 ARGS, _ = Case("small", (50, 20), page_size=16).inputs(torch.float32, "same")
 ARGS8, KWARGS8 = Case("small", (50, 20), page_size=16).inputs(torch.float32, "int8")
 

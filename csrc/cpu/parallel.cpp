@@ -8,7 +8,8 @@
 
 namespace qwen_sparse::cpu {
 
-void run_tasks(int64_t num_tasks, size_t scratch_bytes, void (*body)(void*, int64_t, std::byte*), void* context) {
+void run_tasks(int64_t num_tasks, size_t scratch_bytes, void (*body)(void*, int64_t, int64_t, std::byte*),
+               void* context, bool ahead) {
   constexpr size_t kAlignment = 64;
   scratch_bytes = (scratch_bytes + kAlignment - 1) / kAlignment * kAlignment;
   const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
@@ -20,11 +21,15 @@ void run_tasks(int64_t num_tasks, size_t scratch_bytes, void (*body)(void*, int6
     ~Free() { ::operator delete[](data, std::align_val_t{kAlignment}); }
   } scratch{new (std::align_val_t{kAlignment}) std::byte[std::max<size_t>(scratch_bytes * num_threads, 1)]};
 
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{ahead ? num_threads : 0};
+  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-        body(context, task, scratch.data + thread * scratch_bytes);
+      int64_t task = ahead ? thread : take();
+      while (task < num_tasks) {
+        const int64_t following = ahead ? take() : num_tasks;
+        body(context, task, following < num_tasks ? following : -1, scratch.data + thread * scratch_bytes);
+        task = ahead ? following : take();
       }
     }
   });

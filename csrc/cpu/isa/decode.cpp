@@ -1,9 +1,9 @@
 // Decode attention: a few rows per sequence against a paged cache, split over keys, partial results merged.
 //
-// A task is one range of kDecodeSplit keys, one kv head after the other, since their keys lie side by side in memory;
-// all query heads of a kv head's group and all rows are the rows of one block. The key bias
-// that an int8 cache leaves out enters the scores: for a tile whose middle is at rotation c,
-// q . R_{c+t} b = (R_{-c} q) . (R_t b), and the cosines and sines of R_t are made once.
+// A task is one range of kDecodeSplit keys. It takes tile after tile of them, and of each tile one kv head after the
+// other, since the heads of a key lie side by side in memory; all query heads of a kv head's group and all rows are the
+// rows of one block. The key bias that an int8 cache leaves out enters the scores: for a tile whose middle is at
+// rotation c, q . R_{c+t} b = (R_{-c} q) . (R_t b), and the cosines and sines of R_t are made once.
 #include "cpu/isa/decode_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/plans.h"
@@ -17,6 +17,7 @@ template <typename T, typename C, int kHeadDim>
 class DecodeAttention {
   static constexpr bool kIsInt8 = sizeof(C) == 1;
   static constexpr bool kHasLow = kIsInt8 && sizeof(T) == 4;  // float32 rows need more than 16 bits
+  static constexpr bool kPairs = kIsInt8 && !kHasLow;         // products of weights and values in integers
   static constexpr int kHalf = kHeadDim / 2;
   static constexpr int kElems = kIsInt8 ? kHalf : kHeadDim;  // of a query row or a packed key
   using Product = typename Choose<kIsInt8, Int16Product, FloatProduct>::type;
@@ -24,12 +25,16 @@ class DecodeAttention {
 
  public:
   explicit DecodeAttention(const DecodeParams& params)
-      : p_(params), plan_(params), partials_(static_cast<float*>(params.workspace) + plan_.bias_table_size) {
+      : p_(params),
+        plan_(params),
+        heads_per_task_(min(max(kMaxDecodeRows / (plan_.rows_per_task * plan_.group_size), int64_t{1}), kMaxHeads)),
+        head_blocks_(ceil_div(plan_.num_kv_heads, heads_per_task_)),
+        partials_(static_cast<float*>(params.workspace) + plan_.bias_table_size) {
     if (p_.bias.data == nullptr) return;
     for (int i = 0; i < kHalf; ++i) half_inv_freq_[i] = p_.bias.inv_freq[i] / 2;
   }
 
-  int64_t num_tasks() const { return plan_.num_tasks; }
+  int64_t num_tasks() const { return plan_.num_tasks * head_blocks_; }
   int64_t num_outputs() const { return p_.batch * p_.shape.seqlen_q * p_.shape.num_heads; }
 
   size_t scratch_bytes() const {
@@ -47,11 +52,25 @@ class DecodeAttention {
     }
   }
 
-  void run_task(int64_t index, std::byte* memory) const {
+  // `following` is the task that this thread takes next, or -1: its first keys are asked for in time.
+  void run_task(int64_t index, int64_t following, std::byte* memory) const {
     Arena arena(memory);
     const Scratch scratch(arena);
-    for (int64_t kv_head = 0; kv_head < p_.shape.num_kv_heads; ++kv_head) {
-      run_head(Task(plan_, p_, index, kv_head), state_of(index, kv_head), scratch);
+    const Task task(*this, index);
+    Task after(*this, max<int64_t>(following, 0));
+    if (following < 0) after.end = after.begin;
+    const int64_t rows = task.num_rows * plan_.group_size;
+    for (int64_t i = 0; i < task.num_heads * rows; ++i) scratch.l[i] = VecF{};
+    for (int64_t i = 0; i < task.num_heads * kMaxDecodeRows; i += kLanes) store(scratch.m + i, splat(-kInfinity));
+    for (int64_t h = 0; h < task.num_heads; ++h) {
+      float* o = state_of(task.part, task.first_head + h).o;
+      for (int64_t i = 0; i < rows * kHeadDim; i += kLanes) store(o + i, VecF{});
+    }
+    if (task.begin < task.end) run_tiles(task, after, scratch);
+    for (int64_t h = 0; h < task.num_heads; ++h) {
+      const SoftmaxState state = state_of(task.part, task.first_head + h);
+      for (int64_t r = 0; r < rows; ++r) state.m[r] = scratch.m[h * kMaxDecodeRows + r];
+      for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[h * rows + r]);
     }
   }
 
@@ -62,14 +81,15 @@ class DecodeAttention {
     const int64_t batch = output / p_.shape.num_heads / p_.shape.seqlen_q;
     const int64_t kv_head = head / plan_.group_size;
     const int64_t m_index = row % plan_.rows_per_task * plan_.group_size + head % plan_.group_size;
-    const int64_t first_task = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
-    const auto part_of = [&](int64_t split) { return state_of(first_task + split, kv_head); };
+    const int64_t first_part = (batch * plan_.row_blocks + row / plan_.rows_per_task) * plan_.num_splits;
+    const auto part_of = [&](int64_t split) { return state_of(first_part + split, kv_head); };
     float m = -kInfinity, l = 0.0f;
     for (int64_t split = 0; split < plan_.num_splits; ++split) m = max(m, part_of(split).m[m_index]);
     float o[kHeadDim];
     for (int64_t d = 0; d < kHeadDim; d += kLanes) store(o + d, VecF{});
-    for (int64_t split = 0; split < plan_.num_splits && m > -kInfinity; ++split) {
+    for (int64_t split = 0; split < plan_.num_splits; ++split) {
       const SoftmaxState part = part_of(split);
+      if (part.m[m_index] == -kInfinity) continue;  // attended nothing
       const float weight = exp2_nonpositive(splat(part.m[m_index] - m))[0];
       l += part.l[m_index] * weight;
       for (int64_t d = 0; d < kHeadDim; d += kLanes) {
@@ -81,14 +101,23 @@ class DecodeAttention {
   }
 
  private:
+  static constexpr int64_t kMaxHeads = 8;  // whose next keys and values wait in the second-level cache: 2 x 256 KiB
+
+  // Some rows of one sequence, some neighbouring kv heads, and the keys [begin, end), of which there may be none.
   struct Task {
-    Task(const DecodePlan& plan, const DecodeParams& p, int64_t index, int64_t kv_head_)
-        : kv_head(kv_head_),
-          split(index % plan.num_splits),
-          first_row(index / plan.num_splits % plan.row_blocks * plan.rows_per_task),
-          num_rows(min(plan.rows_per_task, p.shape.seqlen_q - first_row)),
-          batch(index / plan.num_splits / plan.row_blocks) {}
-    int64_t kv_head, split, first_row, num_rows, batch;
+    Task(const DecodeAttention& a, int64_t index)
+        : part(index / a.head_blocks_),
+          first_head(index % a.head_blocks_ * a.heads_per_task_),
+          num_heads(min(a.heads_per_task_, a.plan_.num_kv_heads - first_head)),
+          batch(part / a.plan_.num_splits / a.plan_.row_blocks),
+          first_row(part / a.plan_.num_splits % a.plan_.row_blocks * a.plan_.rows_per_task),
+          num_rows(min(a.plan_.rows_per_task, a.p_.shape.seqlen_q - first_row)),
+          first_position(a.p_.seqlens_k[batch] - a.p_.shape.seqlen_q + first_row) {
+      const int64_t split = part % a.plan_.num_splits;
+      begin = max(split * kDecodeSplit, first_position - a.p_.window + 1);
+      end = min((split + 1) * kDecodeSplit, first_position + num_rows);
+    }
+    int64_t part, first_head, num_heads, batch, first_row, num_rows, first_position, begin, end;
   };
 
   // Of the rows, one of the three rotations.
@@ -98,13 +127,6 @@ class DecodeAttention {
     float* bias;       // [kMaxDecodeRows, kHeadDim] q . R_j b = bias[:half] . cos + bias[half:] . sin
   };
 
-  // Consecutive keys and where they lie; the last one repeats up to kTileKeys, with scales of 0.
-  struct Tile {
-    int64_t first, count;
-    const C **k, **v;          // [kTileKeys]
-    float *k_scale, *v_scale;  // [kTileKeys], int8 only
-  };
-
   struct Scratch {
     explicit Scratch(Arena& arena)
         : packed_k(arena.take<Elem>(kTileKeys * kElems)),
@@ -112,14 +134,17 @@ class DecodeAttention {
           sums(arena.take<Elem>(2 * kMaxDecodeRows * kTileKeys)),
           turned(arena.take<float>(kMaxDecodeRows * kHeadDim)),
           l(arena.take<VecF>(kMaxDecodeRows)),
+          m(arena.take<float>(kMaxHeads * kMaxDecodeRows)),
+          softmax{arena.take<float>(kMaxDecodeRows), arena.take<float>(kMaxDecodeRows),
+                  arena.take<float>(kMaxDecodeRows), arena.take<float>(kMaxDecodeRows)},
+          k_scale(arena.take<float>(kTileKeys)),
+          v_scale(arena.take<float>(kTileKeys)),
           limits(arena.take<RowLimits>(kMaxDecodeRows)),
           row_chunks(arena.take<int64_t>(kMaxDecodeRows)),
           positions(arena.take<int32_t>(kTileKeys)) {
-      for (Tile& tile : tiles) {
+      for (Tile<C>& tile : tiles) {
         tile.k = arena.take<const C*>(kTileKeys);
         tile.v = arena.take<const C*>(kTileKeys);
-        tile.k_scale = arena.take<float>(kTileKeys);
-        tile.v_scale = arena.take<float>(kTileKeys);
       }
       for (Queries& rotation : q) {
         rotation.high = arena.take<Elem>(kMaxDecodeRows * kElems);
@@ -128,91 +153,131 @@ class DecodeAttention {
         rotation.bias = arena.take<float>(kMaxDecodeRows * kHeadDim);
       }
     }
+    // Of one head and tile:
     Elem* packed_k;
     float* s;
     Elem* sums;
     float* turned;
+    // Of all heads, one after the other:
     VecF* l;
+    float* m;  // each head's kMaxDecodeRows
+    TileSoftmax softmax;
+    float *k_scale, *v_scale;  // [kTileKeys], 0 behind the last key; int8 only
+    // Of the rows of any head:
     RowLimits* limits;
     int64_t* row_chunks;
     int32_t* positions;
-    Tile tiles[2];
+    Tile<C> tiles[2];
     Queries q[3];
   };
 
-  SoftmaxState state_of(int64_t task, int64_t kv_head) const {
+  SoftmaxState state_of(int64_t part, int64_t kv_head) const {
     const int64_t rows = plan_.rows_per_task * plan_.group_size;
-    float* base = partials_ + (task * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
+    float* base = partials_ + (part * p_.shape.num_kv_heads + kv_head) * plan_.floats_per_head;
     return {base, base + rows, base + 2 * rows};
   }
 
-  void run_head(const Task& task, const SoftmaxState& state, const Scratch& scratch) const {
+  void run_tiles(const Task& task, const Task& after, const Scratch& scratch) const {
     const int64_t rows = task.num_rows * plan_.group_size;
-    reset(state, rows, kHeadDim);
-    const int64_t seqlen_k = p_.seqlens_k[task.batch];
-    const int64_t first_position = seqlen_k - p_.shape.seqlen_q + task.first_row;
-    const int64_t lowest = first_position - p_.window + 1;
-    const int64_t begin = max(task.split * kDecodeSplit, lowest);
-    const int64_t end = min((task.split + 1) * kDecodeSplit, first_position + task.num_rows);
-    if (begin >= end) return;
-
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t position = first_position + m / plan_.group_size;
+      const int64_t position = task.first_position + m / plan_.group_size;
       scratch.row_chunks[m] = chunk_of(position, p_.chunk_len);
       scratch.limits[m] = {static_cast<int32_t>(max<int64_t>(position - p_.window, INT32_MIN)),
                            static_cast<int32_t>(position)};
-      scratch.l[m] = VecF{};
     }
-    stage_queries(task, scratch);
+    for (int64_t h = 0; h < task.num_heads; ++h) stage_queries(task, task.first_head + h, h * rows, scratch);
     const int64_t last_limit = scratch.limits[rows - 1].lower;
-    Tile tile = locate(task, begin, end, scratch.tiles[0]);
+    Tile<C> tile = locate(task, task.begin, scratch.tiles[0]);
     while (true) {
-      const int64_t key = tile.first, count = tile.count, columns = round_up_to_lanes(count);
-      const bool is_last = key + count == end;
-      const Tile next = is_last ? tile : locate(task, key + count, end, scratch.tiles[tile.k == scratch.tiles[0].k]);
-      pack_keys<kHeadDim>(tile.k, columns, scratch.packed_k);
-      score(rows, tile, next, columns, scratch);
-      const bool masked = count % kLanes != 0 || key + count - 1 > first_position || key <= last_limit;
-      for (int64_t i = 0; masked && i < columns; ++i) {
+      const int64_t key = tile.first, count = tile.count;
+      const bool is_last = key + count == task.end;
+      const Tile<C> next = locate(is_last ? after : task, is_last ? after.begin : key + count,
+                                  scratch.tiles[tile.k == scratch.tiles[0].k]);
+      const bool masked = count % kKeyGroup != 0 || key + count - 1 > task.first_position || key <= last_limit;
+      for (int64_t i = 0; masked && i < round_up_to_groups(count); ++i) {
         scratch.positions[i] = i < count ? static_cast<int32_t>(key + i) : INT32_MAX;
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        (masked ? scores_to_weights<true, kIsInt8>
-                : scores_to_weights<false, kIsInt8>)(scratch.s + r * kTileKeys, columns, tile.v_scale,
-                                                     scratch.limits[r], scratch.positions, state.m[r], scratch.l[r],
-                                                     state.o + r * kHeadDim, kHeadDim);
-      }
-      if constexpr (kIsInt8 && !kHasLow) {
-        add_int8(rows, columns, tile, next, scratch, state.o);
-      } else {
-        add_values<kHeadDim>(rows, count, scratch.s, tile.v, next.v, state.o);
+      for (int64_t h = 0; h < task.num_heads; ++h) {  // beside each head's work, a share of the next tile is asked for
+        Ahead<kHeadDim, C> ahead(next, h, task.num_heads, p_.k.head_stride, p_.v.head_stride);
+        run_tile(task, h, rows, tile, masked, scratch, ahead);
       }
       if (is_last) break;
       tile = next;
     }
-    for (int64_t r = 0; r < rows; ++r) state.l[r] = reduce_sum(scratch.l[r]);
   }
 
-  void stage_queries(const Task& task, const Scratch& scratch) const {
+  // One tile of the h-th head.
+  void run_tile(const Task& task, int64_t h, int64_t rows, const Tile<C>& tile, bool masked, const Scratch& scratch,
+                Ahead<kHeadDim, C>& ahead) const {
+    const int64_t columns = round_up_to_groups(tile.count);
+    const TileSoftmax& softmax = scratch.softmax;
+    float* o = state_of(task.part, task.first_head + h).o;
+    float v_unit = 1.0f;
+    if constexpr (kIsInt8) {
+      copy_scales(p_.k_scale, task, task.first_head + h, tile, scratch.k_scale);
+      copy_scales(p_.v_scale, task, task.first_head + h, tile, scratch.v_scale);
+    }
+    pack_keys<kHeadDim>(tile.k, h * p_.k.head_stride, columns, scratch.packed_k, ahead);
+    score(h * rows, rows, tile, columns, scratch, ahead);
+    if constexpr (kPairs) v_unit = to_fixed_scales(scratch.v_scale);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = scratch.s + r * kTileKeys;
+      softmax.top[r] = largest_lane(masked ? largest_scores<true>(s, columns, scratch.limits[r], scratch.positions)
+                                           : largest_scores<false>(s, columns, {}, nullptr));
+    }
+    advance<kPairs>(rows, softmax, scratch.m + h * kMaxDecodeRows);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = scratch.s + r * kTileKeys;
+      int32_t* pairs = reinterpret_cast<int32_t*>(scratch.sums) + r * (kTileKeys / 2);
+      VecF& l = scratch.l[h * rows + r];
+      ahead.request(max<int64_t>(16 / rows, 1));
+      if (softmax.top[r] == -kInfinity) {  // nothing attended
+        for (int64_t j = 0; j < columns; j += kLanes) store(s + j, VecF{});
+        for (int64_t j = 0; kPairs && j < columns / 2; j += kLanes) memset(pairs + j, 0, sizeof(VecI));
+      } else if constexpr (kPairs) {
+        const VecF sum = scores_to_pairs(s, columns, scratch.v_scale, softmax.base[r], pairs);
+        l = l * softmax.correction[r] + sum * softmax.scale[r];
+      } else {
+        const VecF sum = scores_to_weights<kIsInt8>(s, columns, scratch.v_scale, softmax.base[r]);
+        l = l * softmax.correction[r] + sum;
+      }
+    }
+    if constexpr (kPairs) {
+      add_int8(rows, columns, tile, h * p_.v.head_stride, v_unit, scratch, o, ahead);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const float correction = softmax.correction[r];
+        for (int64_t d = 0; correction != 1.0f && d < kHeadDim; d += kLanes) {
+          store(o + r * kHeadDim + d, load(o + r * kHeadDim + d) * correction);
+        }
+      }
+      add_values<kHeadDim>(rows, tile.count, scratch.s, tile.v, h * p_.v.head_stride, o);
+    }
+    ahead.request(INT64_MAX);
+  }
+
+  // Rows of a kv head; they become those from first_m on.
+  void stage_queries(const Task& task, int64_t kv_head, int64_t first_m, const Scratch& scratch) const {
     const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
     for (int i = 0; i < (p_.chunk_len == 0 ? 1 : 3); ++i) {
       const Queries& queries = scratch.q[i];
       for (int64_t m = 0; m < task.num_rows * plan_.group_size; ++m) {
         const int64_t row = task.batch * p_.shape.seqlen_q + task.first_row + m / plan_.group_size;
-        const int64_t head = task.kv_head * plan_.group_size + m % plan_.group_size;
+        const int64_t head = kv_head * plan_.group_size + m % plan_.group_size;
         const T* q = static_cast<const T*>(rotations[i]->data) + row * rotations[i]->row_stride +
                      head * rotations[i]->head_stride;
         float scaled[kHeadDim];  // so that scores are in base 2
         for (int d = 0; d < kHeadDim; d += kLanes) store(scaled + d, load(q + d) * (p_.softmax_scale * kLog2E));
         if constexpr (kIsInt8) {
-          queries.unit[m] =
-              to_fixed_point<kHeadDim>(scaled, queries.high + m * kElems, kHasLow ? queries.low + m * kElems : nullptr);
+          const int64_t at = first_m + m;
+          queries.unit[at] = to_fixed_point<kHeadDim>(scaled, queries.high + at * kElems,
+                                                      kHasLow ? queries.low + at * kElems : nullptr);
         } else {
-          memcpy(queries.high + m * kElems, scaled, sizeof(scaled));
+          memcpy(queries.high + (first_m + m) * kElems, scaled, sizeof(scaled));
         }
         if (p_.bias.data == nullptr) continue;
-        const float* bias = p_.bias.data + task.kv_head * kHeadDim;
-        float* out = queries.bias + m * kHeadDim;
+        const float* bias = p_.bias.data + kv_head * kHeadDim;
+        float* out = queries.bias + (first_m + m) * kHeadDim;
         for (int d = 0; d < kHalf; d += kLanes) {
           const VecF q0 = load(scaled + d), q1 = load(scaled + kHalf + d);
           const VecF b0 = load(bias + d), b1 = load(bias + kHalf + d);
@@ -223,61 +288,81 @@ class DecodeAttention {
     }
   }
 
-  // The tile that starts at key `first`.
-  Tile locate(const Task& task, int64_t first, int64_t end, Tile tile) const {
-    const auto at = [&](const Pages& pages, int64_t page, int64_t row) {
-      return page * pages.page_stride + row * pages.row_stride + task.kv_head * pages.head_stride;
-    };
-    tile.first = first;
-    tile.count = tile_end(first, end, p_.chunk_len) - first;
+  // Calls body(first, last, page, row) for each page of a tile: keys [first, last) of the tile lie there from `row` on.
+  template <typename Body>
+  void for_each_page(const Task& task, const Tile<C>& tile, Body body) const {
     for (int64_t i = 0; i < tile.count;) {
-      const int64_t page = p_.block_table[task.batch * p_.block_table_stride + (first + i) / p_.page_size];
-      const int64_t row = (first + i) % p_.page_size;
-      const int64_t stop = min(tile.count, i + p_.page_size - row);
-      const C* k = static_cast<const C*>(p_.k.data) + at(p_.k, page, row);
-      const C* v = static_cast<const C*>(p_.v.data) + at(p_.v, page, row);
-      if constexpr (kIsInt8) {
-        const float* k_scale = static_cast<const float*>(p_.k_scale.data) + at(p_.k_scale, page, row);
-        const float* v_scale = static_cast<const float*>(p_.v_scale.data) + at(p_.v_scale, page, row);
-        for (int64_t j = 0; j < stop - i; ++j) tile.k_scale[i + j] = k_scale[j * p_.k_scale.row_stride];
-        for (int64_t j = 0; j < stop - i; ++j) tile.v_scale[i + j] = v_scale[j * p_.v_scale.row_stride];
-      }
-      for (; i < stop; ++i, k += p_.k.row_stride, v += p_.v.row_stride) {
-        tile.k[i] = k;
-        tile.v[i] = v;
-      }
+      const int64_t page = p_.block_table[task.batch * p_.block_table_stride + (tile.first + i) / p_.page_size];
+      const int64_t row = (tile.first + i) % p_.page_size;
+      const int64_t last = min(tile.count, i + p_.page_size - row);
+      body(i, last, page, row);
+      i = last;
     }
-    for (int64_t i = tile.count; i < kTileKeys; ++i) {
+  }
+
+  template <typename E>
+  static const E* row_of(const Pages& pages, int64_t page, int64_t row, int64_t kv_head) {
+    return static_cast<const E*>(pages.data) + page * pages.page_stride + row * pages.row_stride +
+           kv_head * pages.head_stride;
+  }
+
+  // The tile of a task that starts at key `first`; without keys if the task has none left.
+  Tile<C> locate(const Task& task, int64_t first, Tile<C> tile) const {
+    tile.first = first;
+    tile.count = max<int64_t>(tile_end(first, task.end, p_.chunk_len) - first, 0);
+    tile.num_heads = task.num_heads;
+    for_each_page(task, tile, [&](int64_t i, int64_t last, int64_t page, int64_t row) {
+      const C* k = row_of<C>(p_.k, page, row, task.first_head);
+      const C* v = row_of<C>(p_.v, page, row, task.first_head);
+      for (int64_t j = i; j < last; ++j, k += p_.k.row_stride) tile.k[j] = k;
+      for (int64_t j = i; j < last; ++j, v += p_.v.row_stride) tile.v[j] = v;
+    });
+    for (int64_t i = tile.count; 0 < i && i < kTileKeys; ++i) {
       tile.k[i] = tile.k[tile.count - 1];
       tile.v[i] = tile.v[tile.count - 1];
-      tile.k_scale[i] = tile.v_scale[i] = 0.0f;
     }
     return tile;
   }
 
-  void score(int64_t rows, const Tile& tile, const Tile& next, int64_t columns, const Scratch& scratch) const {
-    for_each_rotation(
-        scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), [&](int64_t row, int64_t num_rows, int rotation) {
-          const Queries& q = scratch.q[rotation];
-          float* s = scratch.s + row * kTileKeys;
-          if constexpr (kIsInt8) {
-            score_int8(q, row, num_rows, tile.k_scale, next.k, columns, scratch, s);
-          } else {
-            score_keys<Product, kElems>(num_rows, columns, next.k, q.high + row * kElems, scratch.packed_k, s);
-          }
-          if (p_.bias.data != nullptr) turn_and_add_bias(q, row, num_rows, tile.first, scratch, s);
-        });
+  void copy_scales(const Pages& pages, const Task& task, int64_t kv_head, const Tile<C>& tile, float* scales) const {
+    for_each_page(task, tile, [&](int64_t i, int64_t last, int64_t page, int64_t row) {
+      const float* from = row_of<float>(pages, page, row, kv_head);
+      const int64_t stride = pages.row_stride;
+      for (; i + 8 <= last; i += 8, from += 8 * stride) {
+        QWEN_SPARSE_UNROLL
+        for (int j = 0; j < 8; ++j) scales[i + j] = from[j * stride];
+      }
+      for (; i < last; ++i, from += stride) scales[i] = *from;
+    });
+    for (int64_t i = tile.count; i < kTileKeys; ++i) scales[i] = 0.0f;
   }
 
-  void score_int8(const Queries& q, int64_t row, int64_t rows, const float* k_scale, const C* const* next,
-                  int64_t columns, const Scratch& scratch, float* s) const {
+  // Rows first_m to first_m + rows of all heads, scores from scratch.s on.
+  void score(int64_t first_m, int64_t rows, const Tile<C>& tile, int64_t columns, const Scratch& scratch,
+             Ahead<kHeadDim, C>& ahead) const {
+    const auto score_rows = [&](int64_t row, int64_t num_rows, int rotation) {
+      const Queries& q = scratch.q[rotation];
+      float* s = scratch.s + row * kTileKeys;
+      if constexpr (kIsInt8) {
+        score_int8(q, first_m + row, num_rows, columns, scratch, s, ahead);
+      } else {
+        const float* elems = q.high + (first_m + row) * kElems;
+        score_keys<Product, kElems>(num_rows, columns, elems, scratch.packed_k, s, ahead);
+      }
+      if (p_.bias.data != nullptr) turn_and_add_bias(q, first_m + row, num_rows, tile.first, scratch, s);
+    };
+    for_each_rotation(scratch.row_chunks, rows, chunk_of(tile.first, p_.chunk_len), score_rows);
+  }
+
+  void score_int8(const Queries& q, int64_t row, int64_t rows, int64_t columns, const Scratch& scratch, float* s,
+                  Ahead<kHeadDim, C>& ahead) const {
     int32_t* high = scratch.sums;
     int32_t* low = high + kMaxDecodeRows * kTileKeys;
     const auto product = [&](const int32_t* digits, int32_t* sums) {
 #ifdef __AVX512BW__
-      if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
+      if (has_vnni_) return score_keys<VnniProduct, kElems>(rows, columns, digits, scratch.packed_k, sums, ahead);
 #endif
-      score_keys<Int16Product, kElems>(rows, columns, next, digits, scratch.packed_k, sums);
+      score_keys<Int16Product, kElems>(rows, columns, digits, scratch.packed_k, sums, ahead);
     };
     product(q.high + row * kElems, high);
     if constexpr (kHasLow) product(q.low + row * kElems, low);
@@ -287,23 +372,21 @@ class DecodeAttention {
         if constexpr (kHasLow) {
           x += __builtin_convertvector(load_as<VecI>(low + r * kTileKeys + j), VecF) * (1.0f / kLowUnit);
         }
-        store(s + r * kTileKeys + j, x * (q.unit[row + r] * load(k_scale + j)));
+        store(s + r * kTileKeys + j, x * (q.unit[row + r] * load(scratch.k_scale + j)));
       }
     }
   }
 
-  void add_int8(int64_t rows, int64_t columns, const Tile& tile, const Tile& next, const Scratch& scratch,
-                float* o) const {
-    int32_t* pairs = scratch.sums;
-    float units[kMaxDecodeRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      units[r] = to_int16_weights(scratch.s + r * kTileKeys, columns, pairs + r * (kTileKeys / 2));
-    }
-    const int64_t num_pairs = ceil_div(tile.count, 2);
+  void add_int8(int64_t rows, int64_t columns, const Tile<C>& tile, int64_t offset, float unit, const Scratch& scratch,
+                float* o, Ahead<kHeadDim, C>& ahead) const {
 #ifdef __AVX512BW__
-    if (has_vnni_) return add_int8_values<VnniProduct, kHeadDim>(rows, num_pairs, pairs, units, tile.v, next.v, o);
+    if (has_vnni_) {
+      return add_int8_values<VnniProduct, kHeadDim>(rows, columns, scratch.sums, scratch.softmax, unit, tile.v, offset,
+                                                    o, ahead);
+    }
 #endif
-    add_int8_values<Int16Product, kHeadDim>(rows, num_pairs, pairs, units, tile.v, next.v, o);
+    add_int8_values<Int16Product, kHeadDim>(rows, columns, scratch.sums, scratch.softmax, unit, tile.v, offset, o,
+                                            ahead);
   }
 
   void turn_and_add_bias(const Queries& q, int64_t row, int64_t rows, int64_t first, const Scratch& scratch,
@@ -318,6 +401,7 @@ class DecodeAttention {
 
   const DecodeParams& p_;
   DecodePlan plan_;
+  int64_t heads_per_task_, head_blocks_;
   float* partials_;
   double half_inv_freq_[kHalf];
 #ifdef __AVX512BW__
@@ -331,8 +415,9 @@ void run(const DecodeParams& params) {
   if (params.bias.data != nullptr) {
     parallel_tasks(kHalfTile, 0, [&](int64_t task, std::byte*) { kernel.bias_table_task(task); });
   }
-  parallel_tasks(kernel.num_tasks(), kernel.scratch_bytes(),
-                 [&](int64_t task, std::byte* scratch) { kernel.run_task(task, scratch); });
+  parallel_tasks_ahead(
+      kernel.num_tasks(), kernel.scratch_bytes(),
+      [&](int64_t task, int64_t following, std::byte* scratch) { kernel.run_task(task, following, scratch); });
   parallel_tasks(kernel.num_outputs(), 0, [&](int64_t output, std::byte*) { kernel.merge_task(output); });
 }
 

@@ -17,11 +17,13 @@ namespace {
 
 constexpr int kTileKeys = 128;
 typedef int16_t VecS __attribute__((vector_size(kLanes * 4)));
-typedef int16_t VecNarrow __attribute__((vector_size(kLanes * 2)));
 
 constexpr int kHalfTile = kTileKeys / 2;
+constexpr int64_t kScoreColumns = 64;  // keys of one step of q . k: their packed form stays in the first-level cache
 
-QWEN_SPARSE_INLINE int64_t round_up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+// Tiles are computed in whole groups of keys.
+constexpr int kKeyGroup = 2 * kLanes;
+QWEN_SPARSE_INLINE int64_t round_up_to_groups(int64_t n) { return (n + kKeyGroup - 1) / kKeyGroup * kKeyGroup; }
 
 // End of the tile that starts at key `begin`: kTileKeys keys, cut at `end` and at the chunk border.
 QWEN_SPARSE_INLINE int64_t tile_end(int64_t begin, int64_t end, int64_t chunk_len) {
@@ -35,18 +37,20 @@ struct RowLimits {
   int32_t upper;
 };
 
-// Running softmax of one block of rows.
+// Softmax of one block of rows over some keys.
 struct SoftmaxState {
-  float* m;  // [rows] running maximum of the scaled base-2 scores
-  float* l;  // [rows] running sum
-  float* o;  // [rows, head_dim] running output, not yet divided by l
+  float* m;  // [rows] maximum of the scaled base-2 scores
+  float* l;  // [rows] sum
+  float* o;  // [rows, head_dim] output, not yet divided by l
 };
 
-QWEN_SPARSE_INLINE void reset(const SoftmaxState& state, int64_t rows, int64_t head_dim) {
-  for (int64_t r = 0; r < rows; ++r) state.m[r] = -kInfinity;
-  for (int64_t r = 0; r < rows; ++r) state.l[r] = 0.0f;
-  for (int64_t i = 0; i < rows * head_dim; i += kLanes) store(state.o + i, VecF{});
-}
+// Online softmax of one tile: per row, [kMaxDecodeRows] each.
+struct TileSoftmax {
+  float* top;         // largest score of the tile; -inf: nothing attended
+  float* base;        // weights are 2^(score - base)
+  float* correction;  // factor of everything summed before this tile
+  float* scale;       // factor of this tile's sums: 2^(base - new maximum)
+};
 
 // Divides by the sum, converts and writes one row; a row that attended nothing gives zeros.
 template <typename T>
@@ -190,14 +194,17 @@ QWEN_SPARSE_INLINE void multiply(const typename Product::Elem* a, int64_t lda, i
   }
 }
 
-// Keys as the right operand: packed[key / kLanes][element][key % kLanes], for whole groups of kLanes keys.
-template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t count, int32_t* packed) {
+// Keys, which start `offset` after `rows`, as the right operand: packed[key / kLanes][element][key % kLanes], for whole
+// groups of kLanes keys.
+template <int kHeadDim, typename Next>
+QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t offset, int64_t count, int32_t* packed,
+                                  Next& next) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim / 2 * kLanes) {
+    next.request(kLanes / 4);
     for (int d = 0; d < kHeadDim; d += 4 * kLanes) {
       VecU block[kLanes];
       QWEN_SPARSE_UNROLL
-      for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
+      for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + offset + d);
       transpose(block);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) {  // channels 0 and 2 of four, then 1 and 3
@@ -210,13 +217,14 @@ QWEN_SPARSE_INLINE void pack_keys(const int8_t* const* rows, int64_t count, int3
     }
   }
 }
-template <int kHeadDim>
-QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t count, float* packed) {
+template <int kHeadDim, typename Next>
+QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t offset, int64_t count, float* packed, Next& next) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
+    next.request(kLanes / 4);
     for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
       VecU block[kLanes];
       QWEN_SPARSE_UNROLL
-      for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + d);
+      for (int i = 0; i < kLanes; ++i) block[i] = load_as<VecU>(rows[key + i] + offset + d);
       transpose(block);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) {
@@ -226,13 +234,14 @@ QWEN_SPARSE_INLINE void pack_keys(const bf16* const* rows, int64_t count, float*
     }
   }
 }
-template <int kHeadDim, typename C>
-QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, int64_t count, float* packed) {
+template <int kHeadDim, typename C, typename Next>
+QWEN_SPARSE_INLINE void pack_keys(const C* const* rows, int64_t offset, int64_t count, float* packed, Next& next) {
   for (int64_t key = 0; key < count; key += kLanes, packed += kHeadDim * kLanes) {
+    next.request(kLanes / 4);
     for (int d = 0; d < kHeadDim; d += kLanes) {
       VecF block[kLanes];
       QWEN_SPARSE_UNROLL
-      for (int i = 0; i < kLanes; ++i) block[i] = load(rows[key + i] + d);
+      for (int i = 0; i < kLanes; ++i) block[i] = load(rows[key + i] + offset + d);
       transpose(block);
       QWEN_SPARSE_UNROLL
       for (int i = 0; i < kLanes; ++i) store(packed + (d + i) * kLanes, block[i]);
@@ -254,55 +263,91 @@ QWEN_SPARSE_INLINE float to_fixed_point(const float* row, int32_t* high, int32_t
   }
   const float unit = reduce_max(largest) / 32767.0f;
   const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
-  int16_t digits[2][kHeadDim];
+  int32_t digits[2][kHeadDim];
   for (int d = 0; d < kHeadDim; d += kLanes) {
     const VecF x = load(row + d) * inverse;
     const VecF whole = (x + kRound) - kRound;
     const VecI digit[2] = {__builtin_convertvector(whole, VecI), __builtin_convertvector((x - whole) * kLowUnit, VecI)};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int at = (d + lane) / 4 * 4 + ((d + lane) % 2) * 2 + (d + lane) % 4 / 2;
-      for (int i = 0; i < 2; ++i) digits[i][at] = static_cast<int16_t>(digit[i][lane]);
+    memcpy(digits[0] + d, &digit[0], sizeof(VecI));
+    memcpy(digits[1] + d, &digit[1], sizeof(VecI));
+  }
+  for (int i = 0; i < 2; ++i) {
+    int32_t* pairs = i == 0 ? high : low;
+    for (int d = 0; pairs != nullptr && d < kHeadDim; d += 4) {
+      const int32_t* four = digits[i] + d;
+      pairs[d / 2] = (four[0] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(four[2]) << 16);
+      pairs[d / 2 + 1] = (four[1] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(four[3]) << 16);
     }
   }
-  memcpy(high, digits[0], sizeof(digits[0]));
-  if (low != nullptr) memcpy(low, digits[1], sizeof(digits[1]));
   return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity in the row shows in its scores
 }
 
-// Requests the cache line at p, without waiting for it: the hardware's own prefetching does not keep up with rows of
-// one or two lines. Requests are spread over both products, one line per few multiply-adds.
+// Consecutive keys of some neighbouring heads: where they lie for the first of these. The last key repeats up to
+// kTileKeys.
 template <typename C>
-QWEN_SPARSE_INLINE void prefetch(const C* p) {
-  __builtin_prefetch(p, 0, 3);
-}
+struct Tile {
+  int64_t first, count, num_heads;
+  const C **k, **v;  // [kTileKeys]
+};
 
-// Scores [rows, kTileKeys] of packed keys, raw: floats, or sums of int16 products. Requests the keys that
-// `next` points to.
-template <typename Product, int kElems, typename C>
-QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const C* const* next, const typename Product::Elem* q,
-                                   const typename Product::Elem* packed, typename Product::Elem* s) {
-  constexpr int kLineVecs = 32 / kLanes;  // packed vectors that hold as much as a line of int8 or 16-bit keys
-  const auto key = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
-    if (v % kLineVecs == 0) {
-      const int64_t line = (column / kLanes + v) / kLineVecs * kElems + i;
-      prefetch(next[line % kTileKeys] + line / kTileKeys * (64 / sizeof(C)));
+// Asks for the rows of a later tile, without waiting for them, in the order in which they lie in memory: all heads of a
+// key, then the next key. A core that reads lines in order gets 1.5 times the bandwidth of one that reads every second
+// or fourth line (one head of each key). Requests are spread over the work on a tile: a core has few in flight.
+template <int kHeadDim, typename C>
+class Ahead {
+ public:
+  // The part-th of num_parts of the tile's rows. The strides are those of heads.
+  Ahead(const Tile<C>& tile, int64_t part, int64_t num_parts, int64_t k_stride, int64_t v_stride)
+      : tile_(tile),
+        row_(tile.count * part / num_parts),
+        end_(tile.count * (part + 1) / num_parts),
+        k_stride_(k_stride),
+        v_stride_(v_stride) {}
+
+  // Keys and values of the next `count` (key, head) pairs.
+  void request(int64_t count) {
+    for (; count > 0 && row_ < end_; --count) {
+      const C* k = tile_.k[row_] + head_ * k_stride_;
+      const C* v = tile_.v[row_] + head_ * v_stride_;
+      QWEN_SPARSE_UNROLL
+      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(k + d);
+      QWEN_SPARSE_UNROLL
+      for (int d = 0; d < kHeadDim; d += 64 / sizeof(C)) __builtin_prefetch(v + d);
+      if (++head_ == tile_.num_heads) {
+        head_ = 0;
+        ++row_;
+      }
     }
-    return load_as<typename Product::Vec>(packed + ((column / kLanes + v) * kElems + i) * kLanes);
-  };
-  for_row_blocks(
-      rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
-        multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, columns, key,
-                                                 s + first * kTileKeys, kTileKeys, false);
-      });
+  }
+
+ private:
+  Tile<C> tile_;
+  int64_t row_, end_, head_ = 0, k_stride_, v_stride_;
+};
+
+// Scores [rows, kTileKeys] of packed keys, raw: floats, or sums of int16 products.
+template <typename Product, int kElems, typename Next>
+QWEN_SPARSE_INLINE void score_keys(int64_t rows, int64_t columns, const typename Product::Elem* q,
+                                   const typename Product::Elem* packed, typename Product::Elem* s, Next& next) {
+  for (int64_t j = 0; j < columns; j += kScoreColumns) {
+    const auto key = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
+      return load_as<typename Product::Vec>(packed + (((j + column) / kLanes + v) * kElems + i) * kLanes);
+    };
+    next.request(kScoreColumns / 4);
+    for_row_blocks(
+        rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
+          multiply<Product, decltype(size)::value>(q + first * kElems, kElems, kElems, min(columns - j, kScoreColumns),
+                                                   key, s + first * kTileKeys + j, kTileKeys, false);
+        });
+  }
 }
 
-// o [rows, kHeadDim] += weights [rows, count] times the value rows; `next` as in pack_keys.
+// o [rows, kHeadDim] += weights [rows, count] times the value rows, which start `offset` after `values`.
 template <int kHeadDim, typename C>
 QWEN_SPARSE_INLINE void add_values(int64_t rows, int64_t count, const float* weights, const C* const* values,
-                                   const C* const* next, float* o) {
+                                   int64_t offset, float* o) {
   const auto value = [&](int64_t column, int64_t i, int v) __attribute__((always_inline)) {
-    if (v * kLanes * sizeof(C) % 64 == 0) prefetch(next[i] + column + v * kLanes);
-    return load(values[i] + column + v * kLanes);
+    return load(values[i] + offset + column + v * kLanes);
   };
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
@@ -316,24 +361,6 @@ QWEN_SPARSE_INLINE float largest_lane(VecF v) {
   QWEN_SPARSE_UNROLL
   for (int width = kLanes; width > 1; width /= 2) v = vmax(interleave_low(v, v), interleave_high(v, v));
   return v[0];
-}
-
-// A row's weights [columns] as int16 relative to the largest, two keys to an element; returns what one unit stands for.
-// The error is 2^-16 of the tile's largest weight, of results in 16 bits 2^-9 at best.
-QWEN_SPARSE_INLINE float to_int16_weights(const float* weights, int64_t columns, int32_t* pairs) {
-  VecF largest{}, sum{};
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    largest = vmax(largest, load(weights + j));
-    sum += load(weights + j);
-  }
-  const float unit = largest_lane(largest) / 32767.0f;
-  const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const VecI rounded = __builtin_convertvector(load(weights + j) * inverse + 0.5f, VecI);
-    const auto narrow = __builtin_convertvector(rounded, VecNarrow);
-    memcpy(pairs + j / 2, &narrow, sizeof(narrow));
-  }
-  return unit + 0.0f * reduce_sum(sum);  // a NaN or infinity among the weights shows in the result
 }
 
 // Channels d to d + 2 kLanes of two value rows: lane by lane, a channel of both rows as int16. Which channel stands in
@@ -364,39 +391,51 @@ QWEN_SPARSE_INLINE void in_order([[maybe_unused]] VecI (&sums)[2]) {
 #endif
 }
 
-// o [rows, kHeadDim] += int16 weights [rows, 2 num_pairs] times their units times int8 values, exact in between: 128
-// products of 127 and 32767 fit. `next` as in score_keys.
-template <typename Product, int kHeadDim>
-QWEN_SPARSE_INLINE void add_int8_values(int64_t rows, int64_t num_pairs, const int32_t* weights, const float* units,
-                                        const int8_t* const* values, const int8_t* const* next, float* o) {
+// o [rows, kHeadDim] = o times correction plus int16 weights [rows, columns] (scores_to_pairs) times int8 values times
+// scale times unit, exact in between: 128 products of 127 and 32767 fit.
+template <typename Product, int kHeadDim, typename Next>
+QWEN_SPARSE_INLINE void add_int8_values(int64_t rows, int64_t columns, const int32_t* weights,
+                                        const TileSoftmax& softmax, float unit, const int8_t* const* values,
+                                        int64_t offset, float* o, Next& next) {
   static_assert(kTileKeys * 127 * 32767LL < INT32_MAX, "the sums of a tile fit 32 bits");
   for_row_blocks(
       rows, [&](int64_t first, auto size) __attribute__((always_inline)) {
         constexpr int kRows = decltype(size)::value;
+        constexpr int kVecs = kRows <= kMaxBlockRows / 3 ? 4 : 2;
         const int32_t* block = weights + first * (kTileKeys / 2);
-        for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
-          VecI acc[kRows][2] = {};
-          for (int64_t i = 0; i < num_pairs; ++i) {
-            if (d % 64 == 0) {
-              prefetch(next[2 * i] + d);
-              prefetch(next[2 * i + 1] + d);
-            }
-            VecI pairs[2];
-            pair_values(values[2 * i] + d, values[2 * i + 1] + d, pairs);
-            QWEN_SPARSE_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-              const VecI weight = Product::broadcast(block[r * (kTileKeys / 2) + i]);
-              acc[r][0] = Product::multiply_add(weight, pairs[0], acc[r][0]);
-              acc[r][1] = Product::multiply_add(weight, pairs[1], acc[r][1]);
+        for (int d = 0; d < kHeadDim; d += kVecs * kLanes) {
+          VecI acc[kRows][kVecs] = {};
+          for (int64_t j = 0; j < columns; j += kKeyGroup) {
+            next.request(kVecs * kLanes * kKeyGroup / (2 * kHeadDim));
+            for (int64_t i = 0; i < kLanes; ++i) {
+              VecI pairs[kVecs / 2][2];
+              QWEN_SPARSE_UNROLL
+              for (int v = 0; v < kVecs / 2; ++v) {
+                const int64_t channel = offset + d + v * 2 * kLanes;
+                pair_values(values[j + i] + channel, values[j + kLanes + i] + channel, pairs[v]);
+              }
+              QWEN_SPARSE_UNROLL
+              for (int r = 0; r < kRows; ++r) {
+                const VecI weight = Product::broadcast(block[r * (kTileKeys / 2) + j / 2 + i]);
+                QWEN_SPARSE_UNROLL
+                for (int v = 0; v < kVecs; ++v) {
+                  acc[r][v] = Product::multiply_add(weight, pairs[v / 2][v % 2], acc[r][v]);
+                }
+              }
             }
           }
           QWEN_SPARSE_UNROLL
           for (int r = 0; r < kRows; ++r) {
-            in_order(acc[r]);
             float* out = o + (first + r) * kHeadDim + d;
-            for (int v = 0; v < 2; ++v) {
-              const VecF sum = __builtin_convertvector(acc[r][v], VecF) * units[first + r];
-              store(out + v * kLanes, load(out + v * kLanes) + sum);
+            const float scale = softmax.scale[first + r] * unit, correction = softmax.correction[first + r];
+            QWEN_SPARSE_UNROLL
+            for (int v = 0; v < kVecs; v += 2) {
+              VecI sums[2] = {acc[r][v], acc[r][v + 1]};
+              in_order(sums);
+              for (int i = 0; i < 2; ++i) {
+                float* to = out + (v + i) * kLanes;
+                store(to, load(to) * correction + __builtin_convertvector(sums[i], VecF) * scale);
+              }
             }
           }
         }
@@ -443,38 +482,87 @@ QWEN_SPARSE_INLINE void add_bias(int64_t rows, const float* turned, const float*
   }
 }
 
-// One row's scores [columns], scaled and in base 2, to weights in place; updates m and l (a sum per lane), rescales o.
-// With kMasked, scores whose position lies outside `limits` do not count. With kScaled, a weight that is stored takes
-// its value's scale with it.
-template <bool kMasked, bool kScaled>
-QWEN_SPARSE_INLINE void scores_to_weights(float* s, int64_t columns, const float* scales, RowLimits limits,
-                                          const int32_t* positions, float& m, VecF& l, float* o, int64_t head_dim) {
-  VecF row_max = splat(-kInfinity);
+// The largest of a row's scores [columns], after those outside `limits` were removed (kMasked).
+template <bool kMasked>
+QWEN_SPARSE_INLINE VecF largest_scores(float* s, int64_t columns, RowLimits limits, const int32_t* positions) {
+  VecF largest = splat(-kInfinity), nan{};
   for (int64_t j = 0; j < columns; j += kLanes) {
     VecF x = load(s + j);
     if constexpr (kMasked) {
       const VecI position = load_as<VecI>(positions + j);
       x = ((position <= limits.upper) & (position > limits.lower)) ? x : splat(-kInfinity);
       store(s + j, x);
+      nan = x == x ? nan : x;
     }
-    row_max = vmax(row_max, x);
+    largest = vmax(largest, x);
   }
-  const float new_m = max(m, largest_lane(row_max));
-  if (new_m == -kInfinity) {  // nothing attended so far
-    for (int64_t j = 0; j < columns; j += kLanes) store(s + j, VecF{});
-    return;
+  if constexpr (kMasked) largest += reduce_sum(nan);  // a NaN must not be lost among -inf: it is a key attended
+  return largest;
+}
+
+// From the tile's largest scores to its factors; m [rows] becomes the maximum so far. With kOwnBase, weights are
+// relative to the tile's own maximum and not to m. Works on whole vectors of rows.
+template <bool kOwnBase>
+QWEN_SPARSE_INLINE void advance(int64_t rows, const TileSoftmax& tile, float* m) {
+  const VecF lowest = splat(-3e38f);  // instead of -inf, so that differences are numbers
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const VecF top = load(tile.top + r), old = load(m + r);
+    const VecF updated = ((top <= old) | (old != old)) ? old : top;  // a NaN replaces, and stays
+    const VecF new_m = vmax(lowest, updated), base = kOwnBase ? vmax(lowest, top) : new_m;
+    store(tile.base + r, base);
+    store(tile.correction + r, exp2_nonpositive(vmax(lowest, old) - new_m));
+    store(tile.scale + r, exp2_nonpositive(base - new_m));
+    store(m + r, updated);
   }
-  if (new_m != m) {
-    const float correction = exp2_nonpositive(splat(m - new_m))[0];
-    l *= correction;
-    for (int64_t d = 0; d < head_dim; d += kLanes) store(o + d, load(o + d) * correction);
-    m = new_m;
-  }
+}
+
+// Weights of one row in place of its scores, times the values' scales if there are any; returns their sum without
+// those.
+template <bool kScaled>
+QWEN_SPARSE_INLINE VecF scores_to_weights(float* s, int64_t columns, const float* scales, float base) {
+  VecF sum{};
   for (int64_t j = 0; j < columns; j += kLanes) {
-    const VecF weight = exp2_nonpositive(load(s + j) - new_m);
-    l += weight;
+    const VecF weight = exp2_clamped(load(s + j) - base);
+    sum += weight;
     store(s + j, kScaled ? weight * load(scales + j) : weight);
   }
+  return sum;
+}
+
+// The same as int16: scales are those of to_fixed_scales, weights at most 1. pairs[i]: keys j and j + kLanes, where
+// keys are taken in groups of kKeyGroup. The error is 2^-16 of the tile's largest weight, of results in 16 bits 2^-9 at
+// best.
+QWEN_SPARSE_INLINE VecF scores_to_pairs(const float* s, int64_t columns, const float* scales, float base,
+                                        int32_t* pairs) {
+  constexpr float kRound = 12582912.0f;  // as in exp2_normal
+  VecF sum{};
+  for (int64_t j = 0; j < columns; j += kKeyGroup) {
+    const VecF first = exp2_clamped(load(s + j) - base), second = exp2_clamped(load(s + j + kLanes) - base);
+    sum += first + second;
+    const VecI low = (VecI)(first * load(scales + j) + kRound),
+               high = (VecI)(second * load(scales + j + kLanes) + kRound);
+    const VecI pair = (low & 0xffff) | (high << 16);
+    memcpy(pairs + j / 2, &pair, sizeof(pair));
+  }
+  return sum;
+}
+
+// Scales [kTileKeys] relative to the largest, whose place 32767 takes; returns what one unit stands for.
+QWEN_SPARSE_INLINE float to_fixed_scales(float* scales) {
+  VecU largest{};
+  for (int j = 0; j < kTileKeys; j += kLanes) {
+    const VecU bits = load_as<VecU>(scales + j) & 0x7fffffff;  // ordered like the floats, and a NaN above all
+    largest = bits > largest ? bits : largest;
+  }
+  QWEN_SPARSE_UNROLL
+  for (int width = kLanes; width > 1; width /= 2) {
+    const VecU a = interleave_low(largest, largest), b = interleave_high(largest, largest);
+    largest = a > b ? a : b;
+  }
+  const float unit = ((VecF)largest)[0] / 32767.0f;
+  const float inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+  for (int j = 0; j < kTileKeys; j += kLanes) store(scales + j, load(scales + j) * inverse);
+  return unit;
 }
 
 }  // namespace
