@@ -1,8 +1,9 @@
 """Draws time against context length, log-log, from the JSON of bench_prefill.py and bench_attention.py.
 
-    python bench/plot.py bench/results/prefill_cpu.json --output bench/results/prefill_cpu.png
+    python bench/plot.py bench/results/prefill_cpu.json bench/results/prefill_64k_cpu.json \\
+        --output bench/results/prefill_cpu.png
 
-One panel per file and setting (shape, head_dim, dtype, instruction set); the median with p10 to p90.
+One panel per setting (shape, head_dim, dtype, instruction set), with the rows of all files; the median with p10 to p90.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ SPARSE_NAMES = {"xattention": "XAttention", "trishape": "TriShape"}
 Series = dict[str, list[dict[str, Any]]]
 
 
-def panels(record: dict[str, Any]) -> dict[str, Series]:
-    """Rows by panel title and line label, in the order of the file."""
-    grouped: dict[str, Series] = {}
+def panels(record: dict[str, Any], grouped: dict[str, Series]) -> None:
+    """Adds the rows to those of their panel's title and line's label, in the order of the file."""
     options = record["options"]
     for row in record["rows"]:
         if record["benchmark"] == "prefill":
@@ -59,7 +59,6 @@ def panels(record: dict[str, Any]) -> dict[str, Series]:
         else:
             raise ValueError(f"plot: the benchmark must be 'prefill' or 'attention', got {record['benchmark']!r}")
         grouped.setdefault(title, {}).setdefault(label, []).append(row)
-    return grouped
 
 
 def label_of(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -166,7 +165,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     records = [json.loads(path.read_text()) for path in arguments.results]
-    drawn = [panel for record in records for panel in panels(record).items() if re.search(arguments.panels, panel[0])]
+    grouped: dict[str, Series] = {}
+    for record in records:
+        panels(record, grouped)
+    drawn = [panel for panel in grouped.items() if re.search(arguments.panels, panel[0])]
     if not drawn:
         parser.error(f"--panels must match a title, got {arguments.panels!r}")
     columns = min(2, len(drawn))

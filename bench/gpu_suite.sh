@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# All that needs an NVIDIA GPU, in one command: builds the package, runs the tests marked cuda, looks for bad accesses and
+# races in small cases, and measures. Results go to $OUT, one JSON per benchmark, with the logs of everything else.
+#
+#     OUT=bench/results/h200 bench/gpu_suite.sh                # all steps
+#     OUT=... bench/gpu_suite.sh build bench_decode            # some of them
+#
+# $PYTHON (python3) must import torch with CUDA, and have the build requirements, pytest and transformers; nothing is
+# installed into it. A step that fails does not stop the others; the exit status says whether any did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-build/gpu-suite/results}
+SITE=$PWD/build/gpu-suite/site
+STEPS=(build run_tests check_memory bench_attention bench_selection bench_decode)
+SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
+mkdir -p "$OUT"
+export PYTHONPATH=$SITE:tests:bench PYTHONUNBUFFERED=1
+
+build() {
+  QWEN_SPARSE_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
+    --config-settings=build-dir=build/gpu-suite/cmake
+}
+
+run_tests() { "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests.xml" tests; }
+
+# Small cases of every kernel family: the tools slow a kernel down tens of times.
+check_memory() {
+  local cases="ragged_tail or per_head_sizes or several_borders or dual_chunk_rows_across_border or strided"
+  for tool in memcheck racecheck synccheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: "$PYTHON" -m pytest -q \
+      -m cuda -k "($cases) and not float16" tests/test_attention.py tests/test_decode.py tests/test_select.py || return
+  done
+}
+
+bench_attention() {
+  "$PYTHON" bench/bench_attention.py --device cuda --num-heads 16 --num-kv-heads 4 --seqlens 4096 16384 32768 131072 \
+    --dtypes bfloat16 --density 0.08 --no-flex --output "$OUT/attention.json"
+}
+
+bench_selection() {
+  "$PYTHON" bench/bench_selection.py --device cuda --seqlens 131072 1048576 --layouts 28/4x128 --dense-keys 131072 \
+    --chunk-rows 32768 --dense-rows 4096 --output "$OUT/selection.json"
+}
+
+bench_decode() {
+  "$PYTHON" bench/bench_decode.py --device cuda --keys 131072 1048576 --shapes 28/4/128 --footprint-mib 4096 \
+    --output "$OUT/decode.json"
+}
+
+export -f "${STEPS[@]}"
+export PYTHON OUT SITE
+failed=()
+for step in "${@:-${STEPS[@]}}"; do
+  echo "== $step"
+  begin=$SECONDS
+  timeout "$SECONDS_PER_STEP" bash -c "$step" > >(tee "$OUT/$step.log" | cut -c1-300 | tail -n 40) 2>&1 || failed+=("$step")
+  wait
+  echo "-- $step: $((SECONDS - begin)) s"
+done
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
