@@ -1,4 +1,4 @@
-"""Prefill attention on this machine's CPU or GPU: dense, vertical-slash and Dual Chunk Attention beside torch's kernels.
+"""Prefill attention on a CPU or GPU: dense, vertical-slash and Dual Chunk Attention beside torch's kernels.
 
     python bench/bench_attention.py --isas avx512 avx512_bf16 --output bench/results/attention_cpu.json
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\

@@ -1,4 +1,4 @@
-"""Selection of vertical and slash indexes on this machine's CPU or GPU, beside plain torch and the dense attention it spares.
+"""Selection of vertical and slash indexes on a CPU or GPU, beside plain torch and the dense attention it spares.
 
     python bench/bench_selection.py --output bench/results/selection_cpu.json
     python bench/bench_selection.py --device cuda --seqlens 131072 1048576 --layouts 28/4x128 --dense-keys 131072

@@ -396,7 +396,8 @@ class DecodeAttention {
     for (int64_t r = 0; r < rows; ++r) {
       rotate_row(q.bias + (row + r) * kHeadDim, kHeadDim, backwards, scratch.turned + r * kHeadDim);
     }
-    add_bias<kHeadDim>(rows, scratch.turned, static_cast<const float*>(p_.workspace), reinterpret_cast<float*>(scratch.sums), s);
+    add_bias<kHeadDim>(rows, scratch.turned, static_cast<const float*>(p_.workspace),
+                       reinterpret_cast<float*>(scratch.sums), s);
   }
 
   const DecodeParams& p_;
