@@ -2,6 +2,7 @@
 
     python bench/bench_prefill.py --shape 0.5b --layers 8 --seqlens 16384 65536 --repeats 3 1 \\
         --vllm-python ~/vllm/bin/python --openvino-python ~/openvino/bin/python --output bench/results/prefill_cpu.json
+    python bench/bench_prefill.py --device cuda --shape 7b --layers 4 --seqlens 131072 --chunk-tokens 32768
 
 All engines load one checkpoint with random bf16 weights and get the same token ids; the first token's logits or id
 end the time. Ours and transformers take turns in this process, after a short warm-up prompt; the others run after
@@ -37,12 +38,20 @@ from checkpoint import SHAPES, write_checkpoint
 from indexes import add_index_arguments, clustered_indexes, describe_indexes, index_counts, read_budgets
 from qwen_sparse import load_model, ops, prefill, reference
 from qwen_sparse.config import SparseConfig
-from qwen_sparse.memory import DEFAULT_CHUNK_TOKENS
+from qwen_sparse.memory import default_chunk_tokens
 from qwen_sparse.models import qwen2
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.prefill import PrefillResult, PrefillStats, chunk_ends
 from qwen_sparse.testing import Timing, assert_close_to_reference, interleaved
-from report import add_check_argument, add_output_argument, finish, print_environment, print_table, time_cells
+from report import (
+    add_check_argument,
+    add_device_argument,
+    add_output_argument,
+    finish,
+    print_environment,
+    print_table,
+    time_cells,
+)
 
 PEERS = Path(__file__).parent / "peers"
 WARM_UP_TOKENS = 512
@@ -57,10 +66,11 @@ def drawn_sets(model: Qwen2Model, seqlen: int, chunk_tokens: int, density: float
     """Index sets of the asked density for every prefill chunk and layer of a prompt."""
     config, sets, start = model.config, {}, 0
     for end in chunk_ends(0, seqlen, chunk_tokens):
-        sets[end] = [
+        drawn = [
             clustered_indexes(config.num_heads, end, density, seed + layer, rows=end - start)
             for layer in range(config.num_layers)
         ]
+        sets[end] = [(vertical.to(model.device), slash.to(model.device)) for vertical, slash in drawn]
         start = end
     return sets
 
@@ -99,20 +109,21 @@ def sparse_prefill(model: Qwen2Model, tokens: Tensor, chunk_tokens: int, sets: I
         return prefill(model, tokens, chunk_tokens=chunk_tokens)
 
 
-def load_transformers(path: Path, dtype: torch.dtype) -> Any | None:
+def load_transformers(path: Path, dtype: torch.dtype, device: torch.device) -> Any | None:
     """The model in transformers with torch's scaled_dot_product_attention, or None where it is not installed."""
     try:
         import transformers
     except ImportError:
         return None
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)  # in evaluation mode
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)  # in evaluation mode
+    return model.to(device)
 
 
 @torch.inference_mode()
 def transformers_logits(model: Any, tokens: Tensor) -> Tensor:
     """float32 logits of the last position, with the KV cache filled."""
-    logits: Tensor = model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].float()
+    logits: Tensor = model(tokens[None].to(model.device), use_cache=True, logits_to_keep=1).logits[0, -1].float()
     return logits
 
 
@@ -127,28 +138,29 @@ def plain_attention(dtype: torch.dtype) -> Callable[..., tuple[Tensor, None, Ten
 
 
 def check(arguments: argparse.Namespace, path: Path, model: Qwen2Model) -> None:
-    """Compares the last logits of a short prompt, dense with transformers and sparse with the reference.
+    """Compares the last logits of a short prompt, dense with transformers and sparse with the reference (on the CPU).
 
     Raises:
         AssertionError: an error is more than twice that of plain PyTorch in bf16.
     """
     seqlen, chunk_tokens = arguments.check_tokens, max(64, arguments.check_tokens // 2)
     tokens = prompt(model, seqlen, arguments.seed)
-    wide, narrow = (load_transformers(path, dtype) for dtype in (torch.float32, model.dtype))
+    cpu = torch.device("cpu")
+    wide, narrow = (load_transformers(path, dtype, cpu) for dtype in (torch.float32, model.dtype))
     if wide is None:
         print("check: dense not compared, transformers is not installed")
     else:
-        actual = prefill(model, tokens, chunk_tokens=chunk_tokens).logits
+        actual = prefill(model, tokens, chunk_tokens=chunk_tokens).logits.cpu()
         exact, plain = (transformers_logits(peer, tokens) for peer in (wide, narrow))
         report_check("dense, against transformers", seqlen, actual, exact, plain)
     del wide, narrow
-    exact_model = load_model(path, dtype="float32")
-    sets = drawn_sets(model, seqlen, chunk_tokens, max(arguments.density, 0.3), arguments.seed)
+    exact_model, plain_model = (load_model(path, device=cpu, dtype=dtype) for dtype in ("float32", model.dtype))
     runs = []
-    for source, dtype in ((model, None), (exact_model, torch.float32), (model, model.dtype)):
+    for source, dtype in ((model, None), (exact_model, torch.float32), (plain_model, model.dtype)):
+        sets = drawn_sets(source, seqlen, chunk_tokens, max(arguments.density, 0.3), arguments.seed)
         attention = qwen2._ops.vertical_slash_attention if dtype is None else plain_attention(dtype)
         with mock.patch.object(qwen2._ops, "vertical_slash_attention", attention):
-            runs.append(sparse_prefill(with_sizes(source, sets), tokens, chunk_tokens, sets).logits)
+            runs.append(sparse_prefill(with_sizes(source, sets), tokens, chunk_tokens, sets).logits.cpu())
     report_check("vertical-slash, against the reference", seqlen, *runs)
 
 
@@ -182,10 +194,10 @@ def measure(
     def ours(name: str, run: Callable[[], PrefillResult]) -> None:
         result = run()
         stats[name].append(result.stats)
-        logits[name] = result.logits
+        logits[name] = result.logits.cpu()
 
     def theirs(name: str) -> None:
-        logits[name] = transformers_logits(peer, tokens)
+        logits[name] = transformers_logits(peer, tokens).cpu()
 
     chunk_tokens = arguments.chunk_tokens
     candidates: dict[str, Callable[[], object]] = {
@@ -198,7 +210,7 @@ def measure(
     if peer is not None:
         transformers_logits(peer, warm)
         candidates["transformers"] = partial(theirs, "transformers")
-    timings = interleaved(candidates, repeats=repeats, warmup=0)
+    timings = interleaved(candidates, repeats=repeats, warmup=0, device=arguments.device)
     rows = []
     for name, timing in timings.items():
         row: dict[str, Any] = {"engine": "qwen_sparse", "attention": name, "seqlen": seqlen, "density": 1.0}
@@ -305,7 +317,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="keep this many layers of the shape; all when absent")
     parser.add_argument("--seqlens", type=int, nargs="+", default=[4096, 16384], help="prompt lengths in tokens")
     parser.add_argument("--repeats", type=int, nargs="+", default=[3], help="rounds: one number, or one per length")
-    parser.add_argument("--chunk-tokens", type=int, default=DEFAULT_CHUNK_TOKENS, help="rows of our prefill chunks")
+    parser.add_argument("--chunk-tokens", type=int, help="rows of our prefill chunks; the device's default when absent")
     add_index_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and index sets")
     parser.add_argument("--workdir", type=Path, help="keep checkpoints and prompts here; a temporary one when absent")
@@ -327,10 +339,13 @@ def main() -> None:
     )
     parser.add_argument("--check-tokens", type=int, default=1024, help="length of the prompt that is checked")
     add_check_argument(parser)
+    add_device_argument(parser)
     add_output_argument(parser)
     arguments = parser.parse_args()
     if len(arguments.repeats) not in (1, len(arguments.seqlens)):
         parser.error(f"--repeats takes one number or one per length, got {len(arguments.repeats)}")
+    if arguments.chunk_tokens is None:
+        arguments.chunk_tokens = default_chunk_tokens(arguments.device)
     if arguments.xattention_threshold is None:
         arguments.xattention_threshold = arguments.density
 
@@ -344,14 +359,14 @@ def main() -> None:
 def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
     """All rows, with checkpoints and prompts in ``workdir``."""
     path = write_checkpoint(workdir, arguments.shape, arguments.layers, max(arguments.seqlens), arguments.seed)
-    model = load_model(path, attention="dense")
+    model = load_model(path, attention="dense", device=arguments.device)
     print_environment()
     print(describe_indexes(arguments))
     if arguments.budgets is None:
         print("selection: runs and is timed; its result is replaced by the drawn sets (per layer, chunk and head)")
     if arguments.check:
         check(arguments, path, model)
-    peer = load_transformers(path, model.dtype) if arguments.transformers else None
+    peer = load_transformers(path, model.dtype, model.device) if arguments.transformers else None
     repeats = arguments.repeats if len(arguments.repeats) > 1 else arguments.repeats * len(arguments.seqlens)
     rows: list[dict[str, Any]] = []
     logits = {}

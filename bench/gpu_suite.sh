@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu-suite/results}
 SITE=$PWD/build/gpu-suite/site
-STEPS=(build run_tests check_memory bench_attention bench_selection bench_decode)
+STEPS=(build run_tests check_memory bench_attention bench_selection bench_decode bench_prefill)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
 mkdir -p "$OUT"
 export PYTHONPATH=$SITE:tests:bench PYTHONUNBUFFERED=1
@@ -47,6 +47,11 @@ bench_selection() {
 bench_decode() {
   "$PYTHON" bench/bench_decode.py --device cuda --keys 131072 1048576 --shapes 28/4/128 --footprint-mib 4096 \
     --output "$OUT/decode.json"
+}
+
+bench_prefill() {
+  "$PYTHON" bench/bench_prefill.py --device cuda --shape 7b --layers 4 --seqlens 16384 131072 --chunk-tokens 32768 \
+    --density 0.08 --repeats 3 --output "$OUT/prefill.json"
 }
 
 export -f "${STEPS[@]}"

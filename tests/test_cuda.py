@@ -72,3 +72,52 @@ def test_arguments_on_different_devices(device: str) -> None:
         ops.attention(q, q.cpu(), q)
     with pytest.raises(ValueError, match="q must have dtype bfloat16 or float16 on a GPU, got float32"):
         ops.attention(q.float(), q.float(), q.float())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_decode_in_a_graph(device: str) -> None:
+    """Captured once and replayed with other lengths, pages and queries."""
+    k, v = (torch.randn(40, 64, 2, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(1, 1, 14, 128, device=device, dtype=torch.bfloat16)
+    table = torch.randperm(40, device=device).int()[None]
+    seqlens = torch.tensor([100], device=device, dtype=torch.int32)
+    ops.decode_attention(q, k, v, table, seqlens)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.decode_attention(q, k, v, table, seqlens)
+    for length in (1, 777, 2560):
+        q.normal_()
+        seqlens.fill_(length)
+        table.copy_(table.flip(1))
+        graph.replay()
+        assert torch.equal(out, ops.decode_attention(q, k, v, table, seqlens))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_ops_run_on_the_current_stream(device: str) -> None:
+    q = torch.randn(4096, 4, 128, device=device, dtype=torch.bfloat16)
+    expected = ops.attention(q, q, q)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(q)
+        torch.cuda._sleep(10_000_000)
+        late.copy_(q)
+        out = ops.attention(late, late, late)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_no_memory_is_kept(device: str) -> None:
+    q, k, v = (torch.randn(2048, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+    def step() -> None:
+        vertical, slash = ops.select_vertical_slash(q, k, vertical_size=100, slash_size=200)
+        ops.vertical_slash_attention(q, k, v, vertical, slash)
+
+    step()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        step()
+    assert torch.cuda.memory_allocated() == before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import PagedKVCache
-from .memory import DEFAULT_CHUNK_TOKENS
+from .memory import default_chunk_tokens
 from .models.qwen2 import Qwen2Model
 from .prefill import check_request, prefill, token_tensor
 from .tokenizer import StreamDecoder, Tokenizer
@@ -164,7 +164,7 @@ def generate(
         model,
         tokens.shape[0],
         cache=cache,
-        chunk_tokens=DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
+        chunk_tokens=default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens,
         max_new_tokens=max_new_tokens,
     )
     ends = frozenset(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)

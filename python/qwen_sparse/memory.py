@@ -14,9 +14,9 @@ from .kv_cache import resolve_kv_cache_dtype
 from .models.linear import WIDEN_ROWS, widened_bytes, widens
 
 __all__ = [
-    "DEFAULT_CHUNK_TOKENS",
     "MemoryEstimate",
     "available_memory",
+    "default_chunk_tokens",
     "estimate_memory",
     "format_bytes",
     "kv_cache_bytes",
@@ -26,13 +26,15 @@ __all__ = [
     "weight_elements",
 ]
 
-DEFAULT_CHUNK_TOKENS = 16384
-"""Tokens per prefill chunk on CPUs unless the caller says otherwise."""
-
 _CONTROL_GROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
 )
+
+
+def default_chunk_tokens(device: torch.device | str | None = None) -> int:
+    """Tokens per prefill chunk unless the caller says otherwise: 16384 on CPUs (None), 32768 on GPUs."""
+    return 32768 if device is not None and torch.device(device).type == "cuda" else 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +115,13 @@ def estimate_memory(
         batch: sequences in the cache.
         kv_cache_dtype: "auto", "bfloat16" or "int8".
         dtype: of weights and activations; the checkpoint's when None.
-        chunk_tokens: rows per prefill chunk; 16384 when None.
+        chunk_tokens: rows per prefill chunk; the device's default when None.
         device: where the model runs; the CPU when None.
 
     Raises:
         ValueError: a size below 1 or an unknown ``kv_cache_dtype``.
     """
-    chunk_tokens = DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    chunk_tokens = default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens
     for name, value in (("seqlen", seqlen), ("batch", batch), ("chunk_tokens", chunk_tokens)):
         if value < 1:
             raise ValueError(f"estimate_memory: {name} must be >= 1, got {value}")
