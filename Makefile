@@ -76,7 +76,7 @@ $(VENV)/.build-requirements: $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)
-	@echo "== building qwen_sparse (about two minutes the first time)"
+	@echo "== building qwen_sparse (the first time: two minutes, five where nvcc is found)"
 	$(PIP) --no-build-isolation -e ".[plot]" --config-settings=logging.level=INFO
 	@touch $@
 

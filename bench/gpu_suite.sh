@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs an NVIDIA GPU, in one command: builds the package, runs the tests marked cuda, looks for bad accesses and
-# races in small cases, and measures. Results go to $OUT, one JSON per benchmark, with the logs of everything else.
+# races in small cases, and measures. Results go to $OUT: one JSON per benchmark, tests.xml, and suite.log with all output.
 #
 #     OUT=bench/results/h200 bench/gpu_suite.sh                # all steps
 #     OUT=... bench/gpu_suite.sh build bench_decode            # some of them
@@ -16,7 +16,12 @@ SITE=$PWD/build/gpu-suite/site
 STEPS=(build run_tests check_memory bench_attention bench_selection bench_decode bench_prefill)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
 mkdir -p "$OUT"
-export PYTHONPATH=$SITE:tests:bench PYTHONUNBUFFERED=1
+: > "$OUT/suite.log"
+export PYTHONPATH=$SITE:tests:bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+  echo "gpu_suite.sh: torch of $PYTHON finds no CUDA device (without one, every test would be skipped)"
+  exit 1
+fi
 
 build() {
   QWEN_SPARSE_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
@@ -60,7 +65,7 @@ failed=()
 for step in "${@:-${STEPS[@]}}"; do
   echo "== $step"
   begin=$SECONDS
-  timeout "$SECONDS_PER_STEP" bash -c "$step" > >(tee "$OUT/$step.log" | cut -c1-300 | tail -n 40) 2>&1 || failed+=("$step")
+  timeout "$SECONDS_PER_STEP" bash -c "$step" > >(tee -a "$OUT/suite.log" | cut -c1-300 | tail -n 40) 2>&1 || failed+=("$step")
   wait
   echo "-- $step: $((SECONDS - begin)) s"
 done

@@ -20,7 +20,6 @@ __all__ = [
     "estimate_memory",
     "format_bytes",
     "kv_cache_bytes",
-    "peak_allocated_memory",
     "peak_resident_memory",
     "resident_memory",
     "weight_elements",
@@ -181,11 +180,6 @@ def resident_memory() -> int | None:
     except OSError:
         return None
     return int(pages) * resource.getpagesize()
-
-
-def peak_allocated_memory(device: torch.device) -> int:
-    """Largest memory of a CUDA device that torch had given to tensors at once since the last reset, bytes."""
-    return torch.cuda.max_memory_allocated(device)
 
 
 def peak_resident_memory() -> int:

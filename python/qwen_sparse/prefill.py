@@ -22,7 +22,6 @@ from .memory import (
     estimate_memory,
     format_bytes,
     kv_cache_bytes,
-    peak_allocated_memory,
     peak_resident_memory,
 )
 from .models.qwen2 import DECODE_ROWS, Qwen2Model
@@ -136,7 +135,7 @@ def prefill(
     stats.finish()
     peak = peak_resident_memory()
     if on_gpu:
-        peak, record = peak_allocated_memory(model.device), 0
+        peak, record = torch.cuda.max_memory_allocated(model.device), 0
     return PrefillResult(
         # A copy made outside inference mode: callers may change it in place.
         logits=torch.cat(outputs) if logits == "all" else outputs[-1].clone(),
