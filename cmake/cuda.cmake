@@ -2,12 +2,13 @@
 #
 # The runtime is linked statically and the driver is reached at run time, so the module imports without either.
 # csrc/cuda/smxx (every architecture) and csrc/cuda/sm80 are compiled to sm_80 SASS and to PTX for later cards,
-# csrc/cuda/sm90 to sm_90a SASS only.
+# csrc/cuda/sm90 to sm_90a SASS only; it needs the CUTLASS headers.
 
 set(QWEN_SPARSE_CUDA_LIBRARIES)
 set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/unavailable.cpp)
 set(QWEN_SPARSE_CUDA_VERSION "")
 set(QWEN_SPARSE_CUDA_ARCHS)
+set(QWEN_SPARSE_CUDA_DEFINITIONS)
 set(QWEN_SPARSE_CUTLASS_VERSION "")
 
 # Must be 0, 1 or auto; also taken from the environment, so that it reaches a build through pip.
@@ -56,7 +57,10 @@ function(add_cuda_arch arch architectures)
 endfunction()
 
 add_cuda_arch(sm80 "80-real;80-virtual" csrc/cuda/smxx/*.cu csrc/cuda/sm80/*.cu)
-add_cuda_arch(sm90 "90a-real" csrc/cuda/sm90/*.cu)
-set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/backend.cpp)
+if(QWEN_SPARSE_CUTLASS_VERSION)
+  add_cuda_arch(sm90 "90a-real" csrc/cuda/sm90/*.cu)
+  set(QWEN_SPARSE_CUDA_DEFINITIONS QWEN_SPARSE_SM90)
+endif()
+set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/arch.cpp csrc/cuda/attention.cpp csrc/cuda/backend.cpp)
 list(APPEND QWEN_SPARSE_CUDA_LIBRARIES CUDA::cudart_static)
 message(STATUS "qwen_sparse: CUDA ${QWEN_SPARSE_CUDA_VERSION}, kernels for: ${QWEN_SPARSE_CUDA_ARCHS}")

@@ -1,5 +1,5 @@
 # Defines qwen_sparse_cutlass: the CUTLASS/CuTe headers, from QWEN_SPARSE_CUTLASS_DIR or from the nvidia-cutlass wheel.
-# They are never downloaded; without them the target is empty and kernels that need them are not built.
+# They are never downloaded; without them the target is empty and kernels for Hopper are not built.
 
 set(cutlass_include ${QWEN_SPARSE_CUTLASS_DIR})
 if(DEFINED ENV{QWEN_SPARSE_CUTLASS_DIR})
@@ -18,7 +18,7 @@ endif()
 
 add_library(qwen_sparse_cutlass INTERFACE)
 if(NOT cutlass_include)
-  message(STATUS "qwen_sparse: CUTLASS headers not found (pip install --no-deps nvidia-cutlass==4.2.0.0, or set QWEN_SPARSE_CUTLASS_DIR)")
+  message(WARNING "qwen_sparse: no kernels for Hopper: CUTLASS headers not found (pip install --no-deps nvidia-cutlass==4.2.0.0, or set QWEN_SPARSE_CUTLASS_DIR)")
   return()
 endif()
 if(NOT EXISTS ${cutlass_include}/cutlass/version.h)

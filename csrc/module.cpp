@@ -7,6 +7,7 @@
 
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "cuda/arch.h"
 
 namespace py = pybind11;
 
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
     return features;
   });
   m.def("set_cpu_isa", &qwen_sparse::cpu::set_isa, py::arg("isa"));
+  m.def("set_cuda_arch", &qwen_sparse::cuda::set_arch, py::arg("arch"));
 }

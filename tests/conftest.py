@@ -155,29 +155,47 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 GPU_KERNELS = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("ptxsim", marks=pytest.mark.ptxsim)]
+KERNELS = [*_C.cpu_features()["supported"], *GPU_KERNELS]
+HOPPER = pytest.param("ptxsim_sm90", marks=pytest.mark.ptxsim)
 
 
-@pytest.fixture(params=[*_C.cpu_features()["supported"], *GPU_KERNELS])
+@pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test once with the kernels of each instruction set that this CPU has, on a GPU if there is one, and with
-    the CUDA kernels in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors whichever runs.
+    the CUDA kernels for Ampere in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors
+    whichever runs.
     """
-    if request.param == "cuda":
+    yield from use_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*KERNELS, HOPPER])
+def prefill_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As ``kernels``, for ops that have kernels of their own for Hopper."""
+    yield from use_kernels(request.param, monkeypatch)
+
+
+def use_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Makes ``qwen_sparse.ops`` run the kernels of that name."""
+    if name == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         monkeypatch.setattr(ops, "_ops", MovedOps(torch.ops.qwen_sparse, torch.device("cuda")))
-        yield request.param
-    elif request.param == "ptxsim":
+        yield name
+    elif name.startswith("ptxsim"):
         import simulated
 
         if reason := simulated.unavailable():
             pytest.skip(reason)
+        arch = 90 if name == "ptxsim_sm90" else 80
+        if arch not in simulated.archs():
+            pytest.skip("no CUTLASS headers: neither CUTLASS_INCLUDE nor the package nvidia-cutlass")
         monkeypatch.setattr(ops, "_ops", MovedOps(simulated.load(), torch.device("cpu")))
-        yield request.param
+        simulated.options(arch=arch)
+        yield name
         simulated.reset()
     else:
-        _C.set_cpu_isa(request.param)
-        yield request.param
+        _C.set_cpu_isa(name)
+        yield name
         _C.set_cpu_isa("")
 
 

@@ -74,7 +74,7 @@ DENSE = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DENSE, ids=str)
-def test_dense(case: Case, dtype: torch.dtype, kernels: str) -> None:
+def test_dense(case: Case, dtype: torch.dtype, prefill_kernels: str) -> None:
     check("attention", case.qkv(dtype), **case.options)
 
 
@@ -111,7 +111,7 @@ SPARSE = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPARSE, ids=str)
-def test_vertical_slash(case: SparseCase, dtype: torch.dtype, kernels: str) -> None:
+def test_vertical_slash(case: SparseCase, dtype: torch.dtype, prefill_kernels: str) -> None:
     check("vertical_slash_attention", (*case.qkv(dtype), *case.indexes()))
 
 
@@ -135,7 +135,7 @@ def test_vertical_slash_mask_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["vertical_slash_attention", "dual_chunk_attention"])
-def test_attended_pairs_are_counted(name: str, kernels: str) -> None:
+def test_attended_pairs_are_counted(name: str, prefill_kernels: str) -> None:
     q, k, v = random_qkv(150, 700, 3, 3, 64, torch.bfloat16)
     columns, slashes = random_indexes(3, 700, [40, 0, 9]), random_indexes(3, 700, [10, 3, 0])
     if name == "vertical_slash_attention":
@@ -162,7 +162,7 @@ DUAL_CHUNK = [
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DUAL_CHUNK, ids=str)
-def test_dual_chunk(case: SparseCase, dtype: torch.dtype, sparse: bool, kernels: str) -> None:
+def test_dual_chunk(case: SparseCase, dtype: torch.dtype, sparse: bool, prefill_kernels: str) -> None:
     q_intra, k, v = case.qkv(dtype)
     q_succ, q_inter = (torch.randn_like(q_intra) for _ in range(2))
     indexes = dict(zip(("vertical_indexes", "slash_indexes"), case.indexes(), strict=True)) if sparse else {}
@@ -176,7 +176,7 @@ def test_dual_chunk_equals_plain_within_one_chunk() -> None:
     assert torch.equal(out, ops.attention(q, k, v))
 
 
-def test_rows_without_keys_are_zero(kernels: str) -> None:
+def test_rows_without_keys_are_zero(prefill_kernels: str) -> None:
     q, k, v = random_qkv(64, 256, 1, 1, 64, torch.bfloat16)
     nothing = torch.full((1, 4), -1, dtype=torch.int32)
     out, lse = ops.vertical_slash_attention(q, k, v, nothing, nothing, return_lse=True)
@@ -193,7 +193,7 @@ def test_no_rows_and_no_keys() -> None:
     assert (lse == -math.inf).all()
 
 
-def test_strided_inputs(kernels: str) -> None:
+def test_strided_inputs(prefill_kernels: str) -> None:
     """Views of a fused projection and transposed (HND) storage give the same result as contiguous copies."""
     fused = torch.randn(100, 6, 64, dtype=torch.bfloat16)
     q, k, v = fused[:, :4], fused[:, 4:5], fused[:, 5:6]
@@ -203,7 +203,7 @@ def test_strided_inputs(kernels: str) -> None:
     assert torch.equal(ops.attention(*transposed), expected)
 
 
-def test_offsets_beyond_32_bits(kernels: str) -> None:
+def test_offsets_beyond_32_bits(prefill_kernels: str) -> None:
     """Rows a billion elements apart; the memory between them is reserved and never touched."""
     q, k, v = random_qkv(4, 4, 2, 1, 64, torch.bfloat16)
     storage = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
@@ -214,7 +214,7 @@ def test_offsets_beyond_32_bits(kernels: str) -> None:
     assert torch.equal(ops.vertical_slash_attention(q, far_k, v, diagonals, diagonals), expected)
 
 
-def test_large_scores_do_not_overflow(kernels: str) -> None:
+def test_large_scores_do_not_overflow(prefill_kernels: str) -> None:
     q, k, v = random_qkv(70, 300, 2, 1, 64, torch.bfloat16)
     check("attention", (q * 100, k * 100, v))
 
@@ -231,7 +231,7 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_values_do_not_leak_through_masked_keys(kernels: str) -> None:
+def test_values_do_not_leak_through_masked_keys(prefill_kernels: str) -> None:
     """A NaN or infinity in keys and values that a row does not attend must not reach it."""
     q, k, v = random_qkv(100, 100, 1, 1, 64, torch.bfloat16)
     expected = ops.attention(q[:50], k[:50], v[:50])

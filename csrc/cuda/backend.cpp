@@ -8,11 +8,11 @@ namespace qwen_sparse::cuda {
 const Backend* backend() {
   static const Backend table{
       /*float32_attention=*/false,
-      sm80::attention_workspace,
+      attention_workspace,
       sm80::select_workspace,
       smxx::top_indexes_workspace,
       sm80::decode_workspace,
-      sm80::attention,
+      attention,
       sm80::select_scores,
       smxx::top_indexes,
       smxx::rotary,

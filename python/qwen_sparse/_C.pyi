@@ -15,3 +15,11 @@ def set_cpu_isa(isa: str) -> None:
     Raises:
         ValueError: unknown, not in this build, or not supported by this CPU.
     """
+
+def set_cuda_arch(arch: str) -> None:
+    """Choose the CUDA kernels, ``"sm80"`` or ``"sm90"`` (Hopper only); the empty string restores what
+    QWEN_SPARSE_CUDA_ARCH says, or the newest that each device runs. For comparisons.
+
+    Raises:
+        ValueError: unknown, or not in this build. That a device cannot run them is raised by the call.
+    """

@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every CUDA kernel, as ptxas reports them for sm_80.
+"""Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
 
     python -m simulated.resources
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import ptx_files
 
-MAIN_KERNELS = re.compile(r"sm80::(prefill|select|decode)::")
+MAIN_KERNELS = re.compile(r"sm\d+::(prefill|select|decode)::")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _demangled(names: list[str]) -> list[str]:
     return [re.sub(r"\(anonymous namespace\)::|qwen_sparse::|__nv_", "", name) for name in result.stdout.splitlines()]
 
 
-def report(ptx: Path, architecture: str = "sm_80") -> Iterator[Resources]:
+def report(ptx: Path, architecture: str) -> Iterator[Resources]:
     """What ptxas says of the kernels of one file."""
     command = ["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", "/dev/null"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -58,7 +58,8 @@ def report(ptx: Path, architecture: str = "sm_80") -> Iterator[Resources]:
 
 
 def main() -> int:
-    kernels = sorted((entry for ptx in ptx_files() for entry in report(ptx)), key=lambda entry: entry.kernel)
+    found = (entry for arch, files in ptx_files().items() for ptx in files for entry in report(ptx, f"sm_{arch}"))
+    kernels = sorted(found, key=lambda entry: entry.kernel)
     print("registers  static shared  stack  spills  kernel")
     for entry in kernels:
         print(f"{entry.registers:9}  {entry.shared_memory:13}  {entry.stack:5}  {entry.spills:6}  {entry.kernel}")

@@ -2,6 +2,7 @@
 //
 // merge_slashes   one CTA per head: lengths of both lists, runs by a prefix sum over run starts
 // fill_covered    one thread per word of a head's bitmap: binary search for the first run that reaches it
+// find_open       one column of a block per thread
 // gather_columns  16 bytes of a column's key or value per thread
 // count_attended  one CTA per (64-row block, head): closed form for runs, one term per column
 #include <cub/block/block_reduce.cuh>
@@ -85,21 +86,41 @@ __global__ void __launch_bounds__(kThreads) fill_covered(AttentionParams p, Head
   indexes.covered[head * indexes.covered_words + word] = bits;
 }
 
+__global__ void __launch_bounds__(kThreads) find_open(AttentionParams p, HeadIndexes indexes) {
+  const int64_t head = blockIdx.z;
+  const int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  const int32_t block = static_cast<int32_t>((indexes.first_block + blockIdx.x) * kBlockM);
+  bool open = false;
+  if (column < indexes.num_columns[head]) {
+    open = !is_covered(indexes.covered + head * indexes.covered_words, indexes.covered_words, block,
+                       p.vertical_indexes[head * p.num_vertical + column]);
+  }
+  const uint32_t bits = __ballot_sync(0xffffffffu, open);
+  const int64_t half = column / 32;  // of a word
+  if (threadIdx.x % 32 == 0 && half < 2 * int64_t{indexes.open_words}) {
+    const int64_t words = (head * indexes.num_blocks + blockIdx.x) * indexes.open_words;
+    reinterpret_cast<uint32_t*>(indexes.open_columns + words)[half] = bits;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) gather_columns(AttentionParams p, HeadIndexes indexes) {
   const int64_t head = blockIdx.y;
   const int64_t row_pieces = p.shape.head_dim * 2 / 16;
   const int64_t piece = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t column = piece / (2 * row_pieces);
-  if (column >= indexes.num_columns[head]) return;
+  if (column >= p.num_vertical) return;
   const bool is_v = piece / row_pieces % 2 == 1;
   const int64_t offset = piece % row_pieces;
   const Rows& rows = is_v ? p.v : p.k;
   const int64_t kv_head = head / (p.shape.num_heads / p.shape.num_kv_heads);
-  const int64_t key = p.vertical_indexes[head * p.num_vertical + column];
-  const char* in = static_cast<const char*>(rows.data) + (key * rows.row_stride + kv_head * rows.head_stride) * 2;
+  uint4 x = make_uint4(0, 0, 0, 0);  // behind the last column: weight 0 times a NaN would be a NaN
+  if (column < indexes.num_columns[head]) {
+    const int64_t key = p.vertical_indexes[head * p.num_vertical + column];
+    const char* in = static_cast<const char*>(rows.data) + (key * rows.row_stride + kv_head * rows.head_stride) * 2;
+    x = reinterpret_cast<const uint4*>(in)[offset];
+  }
   char* out = static_cast<char*>(is_v ? indexes.column_v : indexes.column_k);
-  reinterpret_cast<uint4*>(out)[(head * p.num_vertical + column) * row_pieces + offset] =
-      reinterpret_cast<const uint4*>(in)[offset];
+  reinterpret_cast<uint4*>(out)[(head * p.num_vertical + column) * row_pieces + offset] = x;
 }
 
 // Pairs of the rows [first_row, last_row] with the keys [begin, end) that causality leaves.
@@ -172,6 +193,10 @@ void build_head_indexes(const AttentionParams& p, const HeadIndexes& indexes, cu
   fill_covered<<<grid(indexes.covered_words, heads), kThreads, 0, stream>>>(p, indexes);
   check(cudaGetLastError(), "fill_covered");
   if (p.num_vertical == 0) return;
+  const dim3 columns(static_cast<unsigned>(indexes.num_blocks),
+                     static_cast<unsigned>(ceil_div<int64_t>(p.num_vertical, kThreads)), static_cast<unsigned>(heads));
+  find_open<<<columns, kThreads, 0, stream>>>(p, indexes);
+  check(cudaGetLastError(), "find_open");
   gather_columns<<<grid(p.num_vertical * 2 * (p.shape.head_dim * 2 / 16), heads), kThreads, 0, stream>>>(p, indexes);
   check(cudaGetLastError(), "gather_columns");
 }

@@ -9,28 +9,20 @@
 // PV. 64 KiB at head_dim 128, so two CTAs share an SM.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
-
 #include "cuda/common/attention.h"
 #include "cuda/common/ptx.h"
-#include "cuda/sm80/prefill/key_tiles.cuh"
+#include "cuda/common/softmax.h"
+#include "cuda/sm80/prefill/config.h"
 
 namespace qwen_sparse::sm80::prefill {
 
 namespace ptx = cuda::ptx;
-using cuda::kLn2;
+using cuda::KeyTile;
+using cuda::RowTile;
 using cuda::swizzled;
+using cuda::Use;
 
-constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
-
-// What a CTA works on. In shared memory, since registers are what this kernel is short of.
-struct RowTile {
-  int32_t first;       // position of its first row
-  int32_t begin, end;  // its rows that belong to the call
-  int32_t head, kv_head;
-};
-
+// What a CTA works on is in shared memory too, since registers are what this kernel is short of.
 template <int kHeadDim>
 struct SharedMemory {
   alignas(256) uint8_t q[kTileRows * kHeadDim * 2];
@@ -38,10 +30,7 @@ struct SharedMemory {
   alignas(256) uint8_t v[kTileKeys * kHeadDim * 2];
   RowTile rows;
   KeyTile tiles[2];
-  // Of a tile of columns: the key's position, or kNever where the block's slashes cover it; by tile parity and block.
-  int32_t column[2][2][kTileKeys];
-  bool any_column[2][kNumWarps];  // by the warp that wrote 32 entries of `column`
-  KeyTiles cursor;
+  cuda::KeyTiles<kTileKeys> cursor;
 };
 
 template <typename T, int kHeadDim>
@@ -57,7 +46,7 @@ class Cta {
 
  public:
   __device__ Cta(const Args& args, Shared& shared)
-      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
+      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32), block_(warp_ / 2) {}
 
   __device__ void run() {
     if (threadIdx.x == 0) start();
@@ -69,17 +58,17 @@ class Cta {
       copy_q(shared_.tiles[0].stage);
       copy_rows(p_.k, args_.indexes.column_k, shared_.tiles[0], shared_.k);
       ptx::commit_copies();
-      locate_columns(0);
     }
     for (int parity = 0; shared_.tiles[parity].count > 0; parity ^= 1) {
       const KeyTile& tile = shared_.tiles[parity];
       const KeyTile& next = shared_.tiles[parity ^ 1];
       ptx::wait_copies<0>();
-      __syncthreads();  // K, Q and the columns are here; nobody reads V any more
+      __syncthreads();  // K and Q are here; nobody reads V any more
       copy_rows(p_.v, args_.indexes.column_v, tile, shared_.v);
       ptx::commit_copies();
       if (threadIdx.x == 0) shared_.tiles[parity ^ 1] = shared_.cursor.next();
-      const bool attends = has_rows && block_attends(tile, parity);
+      const bool attends = has_rows && tile.use[block_] != Use::kNone &&
+                           (tile.is_columns || !p_.causal || tile.first < warp_first + kWarpRows);
       float s[kMTiles][kKeyTiles8][4];
       if (attends) multiply_qk(s);
       ptx::wait_copies<0>();
@@ -88,12 +77,10 @@ class Cta {
         if (next.stage != tile.stage) copy_q(next.stage);
         copy_rows(p_.k, args_.indexes.column_k, next, shared_.k);
         ptx::commit_copies();
-        locate_columns(parity ^ 1);
       }
       if (attends) {
         if (args_.negate) negate(s);
-        if (!is_full(tile)) mask(tile, parity, s);
-        update_softmax(s);
+        update_softmax(tile, s);
         multiply_pv(s);
       }
     }
@@ -103,27 +90,15 @@ class Cta {
  private:
   __device__ void start() {
     const auto num_heads = static_cast<unsigned>(p_.shape.num_heads);
-    const int64_t tile = args_.tiles.first + args_.tiles.count - 1 - blockIdx.x / num_heads;
-    const int64_t chunk = cuda::floor_div(tile, args_.tiles.per_chunk);
-    const int64_t chunk_begin = chunk * args_.tiles.chunk_len, chunk_end = chunk_begin + args_.tiles.chunk_len;
-    const int64_t first = chunk_begin + (tile - chunk * args_.tiles.per_chunk) * kTileRows;
-    const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
-    int64_t end = first + kTileRows;
-    if (end > p_.shape.seqlen_k) end = p_.shape.seqlen_k;
-    if (end > chunk_end) end = chunk_end;
-    RowTile& rows = shared_.rows;
-    rows.first = static_cast<int32_t>(first);
-    rows.begin = static_cast<int32_t>(first > past ? first : past);
-    rows.end = static_cast<int32_t>(end);
-    rows.head = static_cast<int32_t>(blockIdx.x % num_heads);
-    rows.kv_head = rows.head / static_cast<int32_t>(p_.shape.num_heads / p_.shape.num_kv_heads);
-    shared_.cursor.start(args_, rows.head, rows.first, rows.end - 1, chunk);
+    const int64_t number = args_.tiles.count - 1 - blockIdx.x / num_heads;
+    shared_.rows = RowTile(args_, number, static_cast<int32_t>(blockIdx.x % num_heads));
+    shared_.cursor.start(args_, shared_.rows);
     shared_.tiles[0] = shared_.cursor.next();
   }
 
   // Rows outside of the call become zeros.
-  __device__ void copy_q(int stage) {
-    const Rows& q = stage == kIntra ? p_.q_intra : stage == kSucc ? p_.q_succ : p_.q_inter;
+  __device__ void copy_q(cuda::Stage stage) {
+    const Rows& q = stage == cuda::kIntra ? p_.q_intra : stage == cuda::kSucc ? p_.q_succ : p_.q_inter;
     const int64_t past = p_.shape.seqlen_k - p_.shape.seqlen_q;
     const int piece = threadIdx.x % kPieces;
     const T* head = static_cast<const T*>(q.data) + shared_.rows.head * q.head_stride + piece * 8;
@@ -158,39 +133,6 @@ class Cta {
       from += kRowsAtOnce * stride;
       address += kRowsAtOnce * kRowBytes;
     }
-  }
-
-  // Each thread places one column of one block of tile `parity`.
-  __device__ void locate_columns(int parity) {
-    const KeyTile& tile = shared_.tiles[parity];
-    if (!tile.is_columns) return;
-    const int block = threadIdx.x / kTileKeys, i = threadIdx.x % kTileKeys;
-    int32_t position = kNever;
-    if (i < tile.count) {
-      const int32_t column = p_.vertical_indexes[shared_.rows.head * p_.num_vertical + tile.first + i];
-      const uint32_t* covered = args_.indexes.covered + shared_.rows.head * args_.indexes.covered_words;
-      const int32_t block_row = shared_.rows.first + block * kBlockRows;
-      if (!cuda::is_covered(covered, args_.indexes.covered_words, block_row, column)) position = column;
-    }
-    shared_.column[parity][block][i] = position;
-    const bool any = __any_sync(0xffffffffu, position != kNever);
-    if (lane_ == 0) shared_.any_column[parity][warp_] = any;
-  }
-
-  __device__ bool block_attends(const KeyTile& tile, int parity) const {
-    const int b = warp_ / 2;
-    if (tile.is_columns) return shared_.any_column[parity][2 * b] || shared_.any_column[parity][2 * b + 1];
-    const int32_t last_row = shared_.rows.first + (warp_ + 1) * kWarpRows - 1;
-    return max(tile.first, tile.begin[b]) < min(tile.first + tile.count, tile.end[b]) &&
-           (!p_.causal || max(tile.first, tile.begin[b]) <= last_row);
-  }
-
-  // Every row of the block attends every key of the tile.
-  __device__ bool is_full(const KeyTile& tile) const {
-    const int b = warp_ / 2;
-    const int32_t last = tile.first + kTileKeys - 1, block = shared_.rows.first + b * kBlockRows;
-    return !tile.is_columns && tile.count == kTileKeys && tile.first >= tile.begin[b] && last < tile.end[b] &&
-           (!p_.causal || last <= block) && tile.first > int64_t{block} + kBlockRows - 1 - p_.window;
   }
 
   __device__ void multiply_qk(float (&s)[kMTiles][kKeyTiles8][4]) {
@@ -235,61 +177,18 @@ class Cta {
     }
   }
 
-  __device__ void mask(const KeyTile& tile, int parity, float (&s)[kMTiles][kKeyTiles8][4]) {
-    const int b = warp_ / 2;
-    const int32_t begin = tile.begin[b], end = min(tile.end[b], tile.first + tile.count);
-#pragma unroll
-    for (int n = 0; n < kKeyTiles8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int i = n * 8 + lane_ % 4 * 2 + e;
-        const int32_t j = tile.first + i;
-        const int32_t key = tile.is_columns ? shared_.column[parity][b][i] : j >= begin && j < end ? j : kNever;
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int32_t row = row_position(m, half);
-            const bool attended = (p_.causal ? key <= row : key != kNever) && key > row - p_.window;
-            if (!attended) s[m][n][2 * half + e] = -INFINITY;
-          }
-        }
-      }
-    }
-  }
-
   // Scores to weights, in place; what was summed before is scaled to the new maxima.
-  __device__ void update_softmax(float (&s)[kMTiles][kKeyTiles8][4]) {
-    const float scale = args_.scale_log2;
+  __device__ void update_softmax(const KeyTile& tile, float (&s)[kMTiles][kKeyTiles8][4]) {
     float shrink[kMTiles][2];
     bool changed = false;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float highest = max_[m][half];
-#pragma unroll
-        for (int n = 0; n < kKeyTiles8; ++n) highest = fmaxf(highest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        const float base = highest == -INFINITY ? 0.0f : highest * scale;
-        shrink[m][half] = ptx::exp2(max_[m][half] * scale - base);
-        changed = changed || max_[m][half] != highest;
-        max_[m][half] = highest;
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kKeyTiles8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float weight = ptx::exp2(s[m][n][2 * half + e] * scale - base);
-            s[m][n][2 * half + e] = weight;
-            sum += weight;
-          }
-        }
-        sum_[m][half] = sum_[m][half] * shrink[m][half] + sum;
+      if (tile.use[block_] != Use::kFull) {
+        cuda::mask(args_, tile, block_, shared_.rows.head, row_position(m, 0), s[m]);
       }
+      changed |= softmax_[m].update(s[m], args_.scale_log2, shrink[m]);
     }
-    if (!__any_sync(0xffffffffu, changed)) return;
+    if (!changed) return;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -305,14 +204,9 @@ class Cta {
     const uint32_t v_address = ptx::shared_address(shared_.v + swizzled<kHeadDim>(matrix % 2 * 8 + row, matrix / 2));
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
-      uint32_t weights[kMTiles][4];  // two 8-key accumulators lie in registers as one 16-key operand does
+      uint32_t weights[kMTiles][4];
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        weights[m][0] = cuda::pack<T>(s[m][2 * j][0], s[m][2 * j][1]);
-        weights[m][1] = cuda::pack<T>(s[m][2 * j][2], s[m][2 * j][3]);
-        weights[m][2] = cuda::pack<T>(s[m][2 * j + 1][0], s[m][2 * j + 1][1]);
-        weights[m][3] = cuda::pack<T>(s[m][2 * j + 1][2], s[m][2 * j + 1][3]);
-      }
+      for (int m = 0; m < kMTiles; ++m) cuda::pack_weights<T>(s[m][2 * j], s[m][2 * j + 1], weights[m]);
 #pragma unroll
       for (int d = 0; d < kDimTiles8; d += 2) {
         uint32_t v[4];
@@ -333,9 +227,7 @@ class Cta {
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float sum = sum_[m][half];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const float sum = softmax_[m].total(half);
         const float factor = sum > 0.0f ? 1.0f / sum : 0.0f;
         const int row = warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
 #pragma unroll
@@ -346,7 +238,7 @@ class Cta {
         const int32_t position = row_position(m, half);
         if (lane_ % 4 == 0 && position >= shared_.rows.begin && position < shared_.rows.end) {
           p_.lse[(position - past) * p_.shape.num_heads + shared_.rows.head] =
-              sum > 0.0f ? max_[m][half] * args_.scale_log2 * kLn2 + logf(sum) : -INFINITY;
+              softmax_[m].lse(half, sum, args_.scale_log2);
         }
       }
     }
@@ -368,10 +260,9 @@ class Cta {
   const Args& args_;
   const AttentionParams& p_;
   Shared& shared_;
-  const int lane_, warp_;
+  const int lane_, warp_, block_;
   float out_[kMTiles][kDimTiles8][4] = {};
-  float max_[kMTiles][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
-  float sum_[kMTiles][2] = {};
+  cuda::SoftmaxRows softmax_[kMTiles];
 };
 
 template <typename T, int kHeadDim>

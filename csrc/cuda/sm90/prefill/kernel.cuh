@@ -1,0 +1,448 @@
+// Prefill attention on Hopper: dense, vertical-slash and dual-chunk, in any combination, one online softmax.
+//
+// Grid: persistent CTAs, one per SM. Work items are 128-row tiles of a head, taken from a counter in the order of
+// `item_rows`: sections of heads that L2 can hold, in them the last rows of the prompt first, heads of a row tile next
+// to each other.
+// Warpgroups: 0 is the producer: one of its threads takes work items, walks their key tiles and has the copy engine
+// (TMA) fetch Q, K and V. 1 and 2 are consumers, each with one 64-row block: QK^T and PV by wgmma, accumulators and
+// weights in registers. The product QK^T of a tile and PV of the tile before run while the weights of neither are
+// needed; what then remains of the softmax overlaps the products of the other warpgroup, with which a consumer takes
+// turns at tiles that both attend. A consumer passes over tiles that its block does not attend without waiting for the
+// other one, as far as the stages reach.
+// Shared memory: Q; stages of K and V, each with the description of its tile (Slot); barriers.
+//
+// Barriers: full ones count the producer's arrival and the bytes of a copy, empty ones the warps of both consumers. A
+// slot's description is written before k_full completes and read until k_empty does.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "cuda/common/attention.h"
+#include "cuda/common/ptx.h"
+#include "cuda/common/softmax.h"
+#include "cuda/sm90/prefill/config.h"
+#include "cuda/sm90/wgmma.h"
+
+namespace qwen_sparse::sm90::prefill {
+
+namespace ptx = cuda::ptx;
+using cuda::Use;
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+struct Slot {
+  KeyTile tile;       // no keys: the rows attend none
+  RowTile rows;       // set where a row tile starts
+  bool starts_rows;   // first tile of a row tile
+  bool ends_rows;     // last
+  bool starts_stage;  // first tile of a stage of dual-chunk attention: Q changes
+  bool ends_stage;    // last
+  bool ends_work;     // behind the last row tile; the rest is not set
+};
+
+template <int kHeadDim, int kTileKeys>
+struct SharedMemory {
+  using C = Config<kHeadDim, kTileKeys>;
+  alignas(kSwizzleBytes) uint8_t q[C::kQBytes];
+  alignas(kSwizzleBytes) uint8_t k[C::kStages][C::kTileBytes];
+  alignas(kSwizzleBytes) uint8_t v[C::kStages][C::kTileBytes];
+  Slot slots[C::kStages];
+  RowTile rows;  // the producer's; in registers they would spill
+  cuda::KeyTiles<kTileKeys> tiles;
+  Barrier k_full[C::kStages], k_empty[C::kStages];
+  Barrier v_full[C::kStages], v_empty[C::kStages];
+  Barrier q_full, q_empty;
+  Barrier turn[kNumConsumers];  // of a consumer, to start products; counts the warps of the other one
+
+  __device__ void init_barriers() {
+    constexpr int kConsumerWarps = kNumConsumers * 4;
+    for (int i = 0; i < C::kStages; ++i) {
+      k_full[i].init(1);
+      v_full[i].init(1);
+      k_empty[i].init(kConsumerWarps);
+      v_empty[i].init(kConsumerWarps);
+    }
+    q_full.init(1);
+    q_empty.init(kConsumerWarps);
+    for (Barrier& barrier : turn) barrier.init(4);
+    cutlass::arch::fence_barrier_init();
+  }
+};
+
+// A position in the ring of stages. `phase` is the parity of the visit: what waits for a full barrier gives it, what
+// waits for an empty one gives its opposite, so that the first visit does not wait.
+struct Cursor {
+  int index = 0;
+  uint32_t phase = 0;
+
+  template <int kStages>
+  __device__ __forceinline__ void advance() {
+    if (++index == kStages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Row tile of work item `item`.
+__device__ __forceinline__ RowTile item_rows(const Args& args, int32_t item) {
+  const auto row_tiles = static_cast<int32_t>(args.common.tiles.count);
+  const int32_t section = item / (row_tiles * args.heads_per_section);
+  const int32_t rest = item - section * row_tiles * args.heads_per_section;
+  const int32_t number = row_tiles - 1 - rest / args.heads_per_section;
+  return RowTile(args.common, number, section * args.heads_per_section + rest % args.heads_per_section);
+}
+
+// One thread.
+template <int kHeadDim, int kTileKeys>
+class Producer {
+  using C = Config<kHeadDim, kTileKeys>;
+  using Shared = SharedMemory<kHeadDim, kTileKeys>;
+
+ public:
+  __device__ Producer(const Args& args, Shared& shared) : args_(args), shared_(shared) {}
+
+  __device__ void run() {
+    for (;;) {
+      const int32_t item = atomicAdd(args_.next_tile, 1);
+      if (item >= args_.num_items) break;
+      shared_.rows = item_rows(args_, item);
+      shared_.tiles.start(args_.common, shared_.rows);
+      KeyTile tile = shared_.tiles.next();
+      bool starts_rows = true, starts_stage = true;
+      for (;;) {
+        const KeyTile next = tile.count > 0 ? shared_.tiles.next() : KeyTile{};
+        const bool ends_rows = next.count == 0;
+        const bool ends_stage = ends_rows || next.stage != tile.stage;
+        emit(tile, starts_rows, ends_rows, starts_stage, ends_stage);
+        if (ends_rows) break;
+        tile = next;
+        starts_rows = false;
+        starts_stage = ends_stage;
+      }
+    }
+    shared_.k_empty[at_.index].wait(at_.phase ^ 1);
+    shared_.slots[at_.index].ends_work = true;
+    shared_.k_full[at_.index].arrive();
+  }
+
+ private:
+  __device__ void emit(const KeyTile& tile, bool starts_rows, bool ends_rows, bool starts_stage, bool ends_stage) {
+    const int stage = at_.index;
+    Slot& slot = shared_.slots[stage];
+    shared_.k_empty[stage].wait(at_.phase ^ 1);
+    slot.tile = tile;
+    if (starts_rows) slot.rows = shared_.rows;
+    slot.starts_rows = starts_rows;
+    slot.ends_rows = ends_rows;
+    slot.starts_stage = starts_stage && tile.count > 0;
+    slot.ends_stage = ends_stage && tile.count > 0;
+    slot.ends_work = false;
+    fetch_keys(tile, args_.common.p.sparse && tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage],
+               shared_.k[stage]);
+    if (slot.starts_stage) {
+      shared_.q_empty.wait(q_phase_ ^ 1);
+      q_phase_ ^= 1;
+      shared_.q_full.arrive_and_expect_tx(C::kQBytes);
+      const AttentionShape& shape = args_.common.p.shape;
+      const auto past = static_cast<int32_t>(shape.seqlen_k - shape.seqlen_q);
+      fetch(args_.q[tile.stage], shared_.q_full, shared_.q, shared_.rows.first - past, shared_.rows.head);
+    }
+    shared_.v_empty[stage].wait(at_.phase ^ 1);
+    fetch_keys(tile, args_.common.p.sparse && tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage],
+               shared_.v[stage]);
+    at_.template advance<C::kStages>();
+  }
+
+  __device__ void fetch_keys(const KeyTile& tile, const CUtensorMap& map, Barrier& full, void* to) {
+    if (tile.count == 0) return full.arrive();
+    full.arrive_and_expect_tx(C::kTileBytes);
+    fetch(map, full, to, tile.first, tile.is_columns ? shared_.rows.head : shared_.rows.kv_head);
+  }
+
+  __device__ static void fetch(const CUtensorMap& map, Barrier& full, void* to, int32_t row, int32_t head) {
+    constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, 0, row, 0, head);
+  }
+
+  const Args& args_;
+  Shared& shared_;
+  Cursor at_;
+  uint32_t q_phase_ = 0;
+};
+
+// A warpgroup.
+template <typename T, int kHeadDim, int kTileKeys>
+class Consumer {
+  using C = Config<kHeadDim, kTileKeys>;
+  using Shared = SharedMemory<kHeadDim, kTileKeys>;
+  static constexpr int kKeys8 = kTileKeys / 8;
+  static constexpr int kDims8 = kHeadDim / 8;
+  static constexpr int kSteps = kHeadDim / 16;  // of QK^T
+  static constexpr int kQPanelBytes = kTileRows * kPanelRowBytes;
+  static constexpr int kPanelBytes = kTileKeys * kPanelRowBytes;
+
+ public:
+  __device__ Consumer(const Args& args, Shared& shared)
+      : args_(args.common), shared_(shared), block_(threadIdx.x / 128 - 1), turn_phase_(block_ == 0 ? 1 : 0) {
+    at_.index = C::kStages - 1;  // so that the first step leads to stage 0
+    at_.phase = 1;
+  }
+
+  __device__ void run() {
+    for (;;) {
+      at_end_ = false;
+      softmax_ = {};
+#pragma unroll
+      for (int d = 0; d < kDims8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[d][i] = 0.0f;
+      }
+      while (seek(INT32_MAX)) attend();
+      if (work_ended_) return;
+      store();
+    }
+  }
+
+ private:
+  // Goes on to the next tile of the row tile that this block attends. False at the end of the row tile, and after
+  // `most` tiles that the block does not attend.
+  __device__ bool seek(int most) {
+    for (int passed = 0; !at_end_ && passed < most; ++passed) {
+      at_.template advance<C::kStages>();
+      shared_.k_full[at_.index].wait(at_.phase);
+      const Slot& slot = shared_.slots[at_.index];
+      if (slot.ends_work) {
+        work_ended_ = true;
+        return false;
+      }
+      if (slot.starts_rows) rows_ = slot.rows;
+      if (slot.starts_stage) receive_q();
+      at_end_ = slot.ends_rows;
+      if (slot.tile.use[block_] != Use::kNone) return true;
+      if (!C::kQInRegisters && slot.ends_stage) release(shared_.q_empty);
+      release(shared_.k_empty[at_.index]);
+      release(shared_.v_empty[at_.index]);
+    }
+    return false;
+  }
+
+  // The tile at hand and those after it, PV one tile behind QK^T. Ends where the next tile is so far away that its stage
+  // may be the one whose values are still needed.
+  __device__ void attend() {
+    {
+      float scores[kKeys8][4];
+      const bool shared_tile = starts_turn();
+      cute::warpgroup_arrive();
+      multiply_qk(scores);
+      cute::warpgroup_commit_batch();
+      ends_turn(shared_tile);
+      cute::warpgroup_wait<0>();
+      fence_registers(scores);
+      softmax(scores);
+      rescale();
+      pack(scores);
+    }
+    Cursor values = at_;
+    while (seek(C::kStages - 1)) {
+      float scores[kKeys8][4];
+      const bool shared_tile = starts_turn();
+      fence_registers(out_);
+      fence_registers(weights_);
+      cute::warpgroup_arrive();
+      multiply_qk(scores);
+      cute::warpgroup_commit_batch();
+      shared_.v_full[values.index].wait(values.phase);
+      cute::warpgroup_arrive();
+      multiply_pv(values.index);
+      cute::warpgroup_commit_batch();
+      ends_turn(shared_tile);
+      cute::warpgroup_wait<1>();
+      fence_registers(scores);
+      softmax(scores);
+      cute::warpgroup_wait<0>();
+      fence_registers(out_);
+      fence_registers(weights_);
+      release(shared_.v_empty[values.index]);
+      rescale();
+      pack(scores);
+      values = at_of_scores_;
+    }
+    shared_.v_full[values.index].wait(values.phase);
+    fence_registers(out_);
+    fence_registers(weights_);
+    cute::warpgroup_arrive();
+    multiply_pv(values.index);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    fence_registers(out_);
+    fence_registers(weights_);
+    release(shared_.v_empty[values.index]);
+  }
+
+  __device__ void receive_q() {
+    shared_.q_full.wait(q_phase_);
+    q_phase_ ^= 1;
+    if constexpr (C::kQInRegisters) {
+      const int row = block_ * kBlockRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+      const int piece = threadIdx.x % 32 / 16;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const uint32_t panel = ptx::shared_address(shared_.q) + step / 4 * kQPanelBytes;
+        ptx::load_matrices(panel + row * kPanelRowBytes + ((step % 4 * 2 + piece) ^ (row & 7)) * 16, 0, q_[step]);
+      }
+      release(shared_.q_empty);
+    }
+  }
+
+  // Waits, at a tile that both warpgroups attend, until the other one has started its products of the last such tile.
+  __device__ bool starts_turn() {
+    at_of_scores_ = at_;
+    const bool shared_tile = shared_.slots[at_.index].tile.use[1 - block_] != Use::kNone;
+    if (shared_tile) {
+      shared_.turn[block_].wait(turn_phase_);
+      turn_phase_ ^= 1;
+    }
+    return shared_tile;
+  }
+  __device__ void ends_turn(bool shared_tile) {
+    if (shared_tile) release(shared_.turn[1 - block_]);
+  }
+
+  __device__ void multiply_qk(float (&scores)[kKeys8][4]) {
+    const uint32_t k = ptx::shared_address(shared_.k[at_.index]);
+    const uint32_t q = ptx::shared_address(shared_.q) + block_ * kBlockRows * kPanelRowBytes;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const ScaleOut scale = step == 0 ? ScaleOut::Zero : ScaleOut::One;
+      const uint64_t b = descriptor(k + step / 4 * kPanelBytes + step % 4 * 32, 0);
+      if constexpr (C::kQInRegisters) {
+        wgmma<T, Major::K>(scores, q_[step], b, scale);
+      } else {
+        wgmma<T, Major::K>(scores, descriptor(q + step / 4 * kQPanelBytes + step % 4 * 32, 0), b, scale);
+      }
+    }
+  }
+
+  __device__ void multiply_pv(int stage) {
+    const uint32_t v = ptx::shared_address(shared_.v[stage]);
+#pragma unroll
+    for (int j = 0; j < kTileKeys / 16; ++j) {
+      wgmma<T, Major::MN>(out_, weights_[j], descriptor(v + j * 16 * kPanelRowBytes, kPanelBytes));
+    }
+  }
+
+  // Scores of the tile at hand to weights; its keys are given back.
+  __device__ void softmax(float (&scores)[kKeys8][4]) {
+    const Slot& slot = shared_.slots[at_.index];
+    if (args_.negate) {
+#pragma unroll
+      for (int n = 0; n < kKeys8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
+      }
+    }
+    if (slot.tile.use[block_] != Use::kFull) cuda::mask(args_, slot.tile, block_, rows_.head, row_position(), scores);
+    if (!C::kQInRegisters && slot.ends_stage) release(shared_.q_empty);
+    release(shared_.k_empty[at_.index]);
+    softmax_.update(scores, args_.scale_log2, shrink_);
+  }
+
+  __device__ void rescale() {
+#pragma unroll
+    for (int d = 0; d < kDims8; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[d][i] *= shrink_[i / 2];
+    }
+  }
+
+  __device__ void pack(const float (&scores)[kKeys8][4]) {
+#pragma unroll
+    for (int j = 0; j < kTileKeys / 16; ++j) {
+      cuda::pack_weights<T>(scores[2 * j], scores[2 * j + 1], weights_[j]);
+    }
+  }
+
+  // The four lanes of a row trade columns, so that each writes 16 bytes.
+  __device__ void store() {
+    const AttentionParams& p = args_.p;
+    const int64_t past = p.shape.seqlen_k - p.shape.seqlen_q;
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = softmax_.total(half);
+      const float factor = total > 0.0f ? 1.0f / total : 0.0f;
+      const int32_t position = row_position() + 8 * half;
+      const bool inside = position >= rows_.begin && position < rows_.end;
+      const int64_t row = (position - past) * p.shape.num_heads + rows_.head;
+      if (lane == 0 && inside) p.lse[row] = softmax_.lse(half, total, args_.scale_log2);
+      T* out = static_cast<T*>(p.out) + row * kHeadDim;
+#pragma unroll
+      for (int d = 0; d < kDims8; d += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          words[i] = cuda::pack<T>(out_[d + i][2 * half] * factor, out_[d + i][2 * half + 1] * factor);
+        }
+        transpose(words, lane);
+        if (inside) ptx::store(reinterpret_cast<uint4*>(out + (d + lane) * 8), {words[0], words[1], words[2], words[3]});
+      }
+    }
+  }
+
+  // Word i of lane j of a quad becomes word j of lane i.
+  __device__ static void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const bool upper = (lane & step) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((i & step) != 0) continue;
+        const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + step], step);
+        (upper ? words[i] : words[i + step]) = received;
+      }
+    }
+  }
+
+  // Arrives once per warp, when all its lanes are done.
+  __device__ static void release(Barrier& barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier.arrive();
+  }
+
+  // Of the lane's first row; the second is 8 rows on.
+  __device__ int32_t row_position() const { return rows_.block(block_) + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+
+  const cuda::PrefillArgs& args_;
+  Shared& shared_;
+  const int block_;
+  Cursor at_, at_of_scores_;
+  RowTile rows_;
+  bool at_end_, work_ended_ = false;
+  uint32_t q_phase_ = 0, turn_phase_;
+  uint32_t q_[C::kQInRegisters ? kSteps : 1][4];
+  float out_[kDims8][4];
+  uint32_t weights_[kTileKeys / 16][4];
+  cuda::SoftmaxRows softmax_;
+  float shrink_[2];
+};
+
+template <typename T, int kHeadDim, int kTileKeys>
+__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
+  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim, kTileKeys>*>(memory);
+  if (threadIdx.x == 0) shared.init_barriers();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (threadIdx.x == 0) Producer<kHeadDim, kTileKeys>(args, shared).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    Consumer<T, kHeadDim, kTileKeys>(args, shared).run();
+  }
+}
+
+}  // namespace qwen_sparse::sm90::prefill
