@@ -100,6 +100,7 @@ def select(ops: Any) -> Any:
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
+    "dense dual-chunk": lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, 0.125),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
     "select": select,
     "rotary": rotary,
@@ -125,10 +126,11 @@ def simulated_ops() -> Any:
     return simulated.load()
 
 
-@pytest.fixture(autouse=True)
-def default_options(simulated_ops: Any) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=simulated.archs(), ids="sm{}".format)
+def arch(request: pytest.FixtureRequest, simulated_ops: Any) -> Iterator[int]:
     simulated.reset()
-    yield
+    simulated.options(arch=request.param)
+    yield request.param
     simulated.reset()
 
 

@@ -9,27 +9,47 @@
 
 namespace qwen_sparse::cuda {
 
+// Of the entries that `bits` names, those whose columns are not behind row `row`.
+__device__ __forceinline__ uint64_t causal_columns(uint64_t bits, const int32_t* columns, int32_t count, int32_t row) {
+  int32_t low = 0, high = count;  // the first entry behind the row
+  while (low < high) {
+    const int32_t middle = (low + high) / 2;
+    if (columns[middle] > row) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low == 64 ? bits : bits & ((uint64_t{1} << low) - 1);
+}
+
 // Scores that the rows `row` and `row + 8` of block `b` do not attend become -infinity.
 template <int kKeys8>
 __device__ __forceinline__ void mask(const PrefillArgs& args, const KeyTile& tile, int b, int32_t head, int32_t row,
                                      float (&s)[kKeys8][4]) {
-  constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
   const int first = threadIdx.x % 4 * 2;
-  if (tile.is_columns) {
-    const uint64_t bits = tile.columns[b] >> first;
-    const int32_t* columns = args.p.vertical_indexes + head * args.p.num_vertical + tile.first;
+  if (kKeys8 <= 8 && tile.is_columns) {  // larger tiles are dense
+    uint64_t bits[2] = {tile.columns[b], tile.columns[b]};
+    if (tile.late) {
+      const int32_t* columns = args.p.vertical_indexes + head * args.p.num_vertical + tile.first;
+      for (int half = 0; half < 2; ++half) {
+        bits[half] = causal_columns(bits[half], columns, tile.count, row + 8 * half);
+      }
+    }
 #pragma unroll
-    for (int n = 0; n < kKeys8; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t own = bits[half] >> first;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool open = (bits >> (8 * n + e) & 1) != 0;
-        const int32_t key = !open ? kNever : tile.late ? columns[8 * n + first + e] : INT32_MIN;
-        if (key > row) s[n][e] = -INFINITY;
-        if (key > row + 8) s[n][2 + e] = -INFINITY;
+      for (int n = 0; n < kKeys8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if ((own >> (8 * n + e) & 1) == 0) s[n][2 * half + e] = -INFINITY;
+        }
       }
     }
     return;
   }
+  constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
   const int32_t begin = tile.begin[b], end = tile.end[b];
   const bool causal = args.p.causal;
   const int64_t window = args.p.window;

@@ -20,13 +20,23 @@ constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = kPanelColumns * 2;
 constexpr int kSwizzleBytes = 8 * kPanelRowBytes;  // after which the permutation repeats
 
-// Matrix descriptor (PTX ISA, "Matrix Descriptor Format"), 128-byte swizzle. `panel_bytes`, from panel to panel, is
-// read only for operands whose columns are not the summed dimension.
-__device__ __forceinline__ uint64_t descriptor(uint32_t shared_address, uint32_t panel_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kStride = uint64_t{kSwizzleBytes >> 4} << 32;
-  return kSwizzle128 | kStride | uint64_t{panel_bytes >> 4} << 16 | uint64_t{(shared_address & 0x3ffff) >> 4};
-}
+// Matrix descriptors (PTX ISA, "Matrix Descriptor Format") of a tile, with 128-byte swizzle. `panel_bytes`, from panel
+// to panel, is read only for operands whose columns are not the summed dimension.
+class Descriptor {
+ public:
+  __device__ __forceinline__ explicit Descriptor(uint32_t shared_address, uint32_t panel_bytes = 0)
+      : low_((shared_address & 0x3ffff) >> 4 | panel_bytes >> 4 << 16) {}
+
+  // Of what begins `offset` bytes into the tile.
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    constexpr uint32_t kSwizzle128 = 1u << 30;
+    constexpr uint32_t kStride = kSwizzleBytes >> 4;
+    return uint64_t{kSwizzle128 | kStride} << 32 | (low_ + (offset >> 4));
+  }
+
+ private:
+  uint32_t low_;
+};
 
 namespace detail {
 

@@ -35,8 +35,8 @@ struct Config {
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kQBytes = kTileRows * kRowBytes;
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
-  // 227 KiB of shared memory, less Q and 4 KiB, in K and V tiles; more than 8 stages hide nothing more.
-  static constexpr int kFit = (227 * 1024 - 4096 - kQBytes) / (2 * kTileBytes);
+  // 227 KiB of shared memory, less Q and 3 KiB, in K and V tiles; more than 8 stages hide nothing more.
+  static constexpr int kFit = (227 * 1024 - 3072 - kQBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static_assert(kStages >= 2, "one tile arrives while another is multiplied");
 };

@@ -15,7 +15,6 @@
 // slot's description is written before k_full completes and read until k_empty does.
 #pragma once
 
-#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -24,6 +23,7 @@
 #include "cuda/common/attention.h"
 #include "cuda/common/ptx.h"
 #include "cuda/common/softmax.h"
+#include "cuda/sm90/barrier.h"
 #include "cuda/sm90/prefill/config.h"
 #include "cuda/sm90/wgmma.h"
 
@@ -31,16 +31,19 @@ namespace qwen_sparse::sm90::prefill {
 
 namespace ptx = cuda::ptx;
 using cuda::Use;
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 struct Slot {
-  KeyTile tile;       // no keys: the rows attend none
-  RowTile rows;       // set where a row tile starts
-  bool starts_rows;   // first tile of a row tile
-  bool ends_rows;     // last
-  bool starts_stage;  // first tile of a stage of dual-chunk attention: Q changes
-  bool ends_stage;    // last
-  bool ends_work;     // behind the last row tile; the rest is not set
+  KeyTile tile;    // no keys: the rows attend none
+  RowTile rows;    // set where a row tile starts
+  uint32_t flags;  // of SlotFlag
+};
+
+enum SlotFlag : uint32_t {
+  kStartsRows = 1,   // first tile of a row tile
+  kEndsRows = 2,     // last
+  kStartsStage = 4,  // first tile of a stage of dual-chunk attention: Q changes
+  kEndsStage = 8,    // last
+  kEndsWork = 16,    // behind the last row tile; nothing else is set
 };
 
 template <int kHeadDim, int kTileKeys>
@@ -68,7 +71,7 @@ struct SharedMemory {
     q_full.init(1);
     q_empty.init(kConsumerWarps);
     for (Barrier& barrier : turn) barrier.init(4);
-    cutlass::arch::fence_barrier_init();
+    fence_barriers();
   }
 };
 
@@ -112,54 +115,48 @@ class Producer {
       shared_.rows = item_rows(args_, item);
       shared_.tiles.start(args_.common, shared_.rows);
       KeyTile tile = shared_.tiles.next();
-      bool starts_rows = true, starts_stage = true;
-      for (;;) {
-        const KeyTile next = tile.count > 0 ? shared_.tiles.next() : KeyTile{};
-        const bool ends_rows = next.count == 0;
-        const bool ends_stage = ends_rows || next.stage != tile.stage;
-        emit(tile, starts_rows, ends_rows, starts_stage, ends_stage);
-        if (ends_rows) break;
+      if (tile.count == 0) emit(tile, kStartsRows | kEndsRows);
+      uint32_t starts = kStartsRows | kStartsStage;
+      while (tile.count > 0) {
+        const KeyTile next = shared_.tiles.next();
+        const bool ends_rows = next.count == 0, ends_stage = ends_rows || next.stage != tile.stage;
+        emit(tile, starts | (ends_rows ? kEndsRows : 0) | (ends_stage ? kEndsStage : 0));
+        starts = ends_stage ? kStartsStage : 0;
         tile = next;
-        starts_rows = false;
-        starts_stage = ends_stage;
       }
     }
     shared_.k_empty[at_.index].wait(at_.phase ^ 1);
-    shared_.slots[at_.index].ends_work = true;
+    shared_.slots[at_.index].flags = kEndsWork;
     shared_.k_full[at_.index].arrive();
   }
 
  private:
-  __device__ void emit(const KeyTile& tile, bool starts_rows, bool ends_rows, bool starts_stage, bool ends_stage) {
+  __device__ void emit(const KeyTile& tile, uint32_t flags) {
     const int stage = at_.index;
     Slot& slot = shared_.slots[stage];
     shared_.k_empty[stage].wait(at_.phase ^ 1);
     slot.tile = tile;
-    if (starts_rows) slot.rows = shared_.rows;
-    slot.starts_rows = starts_rows;
-    slot.ends_rows = ends_rows;
-    slot.starts_stage = starts_stage && tile.count > 0;
-    slot.ends_stage = ends_stage && tile.count > 0;
-    slot.ends_work = false;
-    fetch_keys(tile, args_.common.p.sparse && tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage],
+    if ((flags & kStartsRows) != 0) slot.rows = shared_.rows;
+    slot.flags = flags;
+    fetch_keys(tile, tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage],
                shared_.k[stage]);
-    if (slot.starts_stage) {
+    if ((flags & kStartsStage) != 0) {
       shared_.q_empty.wait(q_phase_ ^ 1);
       q_phase_ ^= 1;
-      shared_.q_full.arrive_and_expect_tx(C::kQBytes);
+      shared_.q_full.arrive_and_expect(C::kQBytes);
       const AttentionShape& shape = args_.common.p.shape;
       const auto past = static_cast<int32_t>(shape.seqlen_k - shape.seqlen_q);
       fetch(args_.q[tile.stage], shared_.q_full, shared_.q, shared_.rows.first - past, shared_.rows.head);
     }
     shared_.v_empty[stage].wait(at_.phase ^ 1);
-    fetch_keys(tile, args_.common.p.sparse && tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage],
+    fetch_keys(tile, tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage],
                shared_.v[stage]);
     at_.template advance<C::kStages>();
   }
 
   __device__ void fetch_keys(const KeyTile& tile, const CUtensorMap& map, Barrier& full, void* to) {
     if (tile.count == 0) return full.arrive();
-    full.arrive_and_expect_tx(C::kTileBytes);
+    full.arrive_and_expect(C::kTileBytes);
     fetch(map, full, to, tile.first, tile.is_columns ? shared_.rows.head : shared_.rows.kv_head);
   }
 
@@ -194,7 +191,7 @@ class Consumer {
 
   __device__ void run() {
     for (;;) {
-      at_end_ = false;
+      flags_ = 0;
       softmax_ = {};
 #pragma unroll
       for (int d = 0; d < kDims8; ++d) {
@@ -202,7 +199,7 @@ class Consumer {
         for (int i = 0; i < 4; ++i) out_[d][i] = 0.0f;
       }
       while (seek(INT32_MAX)) attend();
-      if (work_ended_) return;
+      if ((flags_ & kEndsWork) != 0) return;
       store();
     }
   }
@@ -211,19 +208,16 @@ class Consumer {
   // Goes on to the next tile of the row tile that this block attends. False at the end of the row tile, and after
   // `most` tiles that the block does not attend.
   __device__ bool seek(int most) {
-    for (int passed = 0; !at_end_ && passed < most; ++passed) {
+    for (int passed = 0; (flags_ & kEndsRows) == 0 && passed < most; ++passed) {
       at_.template advance<C::kStages>();
       shared_.k_full[at_.index].wait(at_.phase);
       const Slot& slot = shared_.slots[at_.index];
-      if (slot.ends_work) {
-        work_ended_ = true;
-        return false;
-      }
-      if (slot.starts_rows) rows_ = slot.rows;
-      if (slot.starts_stage) receive_q();
-      at_end_ = slot.ends_rows;
+      flags_ = slot.flags;
+      if ((flags_ & kEndsWork) != 0) return false;
+      if ((flags_ & kStartsRows) != 0) rows_ = slot.rows;
+      if ((flags_ & kStartsStage) != 0) receive_q();
       if (slot.tile.use[block_] != Use::kNone) return true;
-      if (!C::kQInRegisters && slot.ends_stage) release(shared_.q_empty);
+      if (!C::kQInRegisters && (flags_ & kEndsStage) != 0) release(shared_.q_empty);
       release(shared_.k_empty[at_.index]);
       release(shared_.v_empty[at_.index]);
     }
@@ -233,6 +227,7 @@ class Consumer {
   // The tile at hand and those after it, PV one tile behind QK^T. Ends where the next tile is so far away that its stage
   // may be the one whose values are still needed.
   __device__ void attend() {
+    Cursor values = at_;  // of the weights at hand
     {
       float scores[kKeys8][4];
       const bool shared_tile = starts_turn();
@@ -246,9 +241,10 @@ class Consumer {
       rescale();
       pack(scores);
     }
-    Cursor values = at_;
-    while (seek(C::kStages - 1)) {
+    bool more = seek(C::kStages - 1);
+    while (more) {
       float scores[kKeys8][4];
+      const Cursor current = at_;
       const bool shared_tile = starts_turn();
       fence_registers(out_);
       fence_registers(weights_);
@@ -263,13 +259,15 @@ class Consumer {
       cute::warpgroup_wait<1>();
       fence_registers(scores);
       softmax(scores);
+      // Between softmax and wait also because of the compiler: its assembler moves a wait up as far as the last branch.
+      more = seek(C::kStages - 1);
       cute::warpgroup_wait<0>();
       fence_registers(out_);
       fence_registers(weights_);
       release(shared_.v_empty[values.index]);
       rescale();
       pack(scores);
-      values = at_of_scores_;
+      values = current;
     }
     shared_.v_full[values.index].wait(values.phase);
     fence_registers(out_);
@@ -300,7 +298,6 @@ class Consumer {
 
   // Waits, at a tile that both warpgroups attend, until the other one has started its products of the last such tile.
   __device__ bool starts_turn() {
-    at_of_scores_ = at_;
     const bool shared_tile = shared_.slots[at_.index].tile.use[1 - block_] != Use::kNone;
     if (shared_tile) {
       shared_.turn[block_].wait(turn_phase_);
@@ -313,25 +310,25 @@ class Consumer {
   }
 
   __device__ void multiply_qk(float (&scores)[kKeys8][4]) {
-    const uint32_t k = ptx::shared_address(shared_.k[at_.index]);
-    const uint32_t q = ptx::shared_address(shared_.q) + block_ * kBlockRows * kPanelRowBytes;
+    const Descriptor k(ptx::shared_address(shared_.k[at_.index]));
+    const Descriptor q(ptx::shared_address(shared_.q) + block_ * kBlockRows * kPanelRowBytes);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const ScaleOut scale = step == 0 ? ScaleOut::Zero : ScaleOut::One;
-      const uint64_t b = descriptor(k + step / 4 * kPanelBytes + step % 4 * 32, 0);
+      const uint64_t b = k.at(step / 4 * kPanelBytes + step % 4 * 32);
       if constexpr (C::kQInRegisters) {
         wgmma<T, Major::K>(scores, q_[step], b, scale);
       } else {
-        wgmma<T, Major::K>(scores, descriptor(q + step / 4 * kQPanelBytes + step % 4 * 32, 0), b, scale);
+        wgmma<T, Major::K>(scores, q.at(step / 4 * kQPanelBytes + step % 4 * 32), b, scale);
       }
     }
   }
 
   __device__ void multiply_pv(int stage) {
-    const uint32_t v = ptx::shared_address(shared_.v[stage]);
+    const Descriptor v(ptx::shared_address(shared_.v[stage]), kPanelBytes);
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
-      wgmma<T, Major::MN>(out_, weights_[j], descriptor(v + j * 16 * kPanelRowBytes, kPanelBytes));
+      wgmma<T, Major::MN>(out_, weights_[j], v.at(j * 16 * kPanelRowBytes));
     }
   }
 
@@ -346,12 +343,13 @@ class Consumer {
       }
     }
     if (slot.tile.use[block_] != Use::kFull) cuda::mask(args_, slot.tile, block_, rows_.head, row_position(), scores);
-    if (!C::kQInRegisters && slot.ends_stage) release(shared_.q_empty);
+    if (!C::kQInRegisters && (flags_ & kEndsStage) != 0) release(shared_.q_empty);
     release(shared_.k_empty[at_.index]);
-    softmax_.update(scores, args_.scale_log2, shrink_);
+    changed_ = softmax_.update(scores, args_.scale_log2, shrink_);
   }
 
   __device__ void rescale() {
+    if (!changed_) return;
 #pragma unroll
     for (int d = 0; d < kDims8; ++d) {
 #pragma unroll
@@ -419,15 +417,16 @@ class Consumer {
   const cuda::PrefillArgs& args_;
   Shared& shared_;
   const int block_;
-  Cursor at_, at_of_scores_;
+  Cursor at_;
   RowTile rows_;
-  bool at_end_, work_ended_ = false;
+  uint32_t flags_;  // of the slot at hand
   uint32_t q_phase_ = 0, turn_phase_;
   uint32_t q_[C::kQInRegisters ? kSteps : 1][4];
   float out_[kDims8][4];
   uint32_t weights_[kTileKeys / 16][4];
   cuda::SoftmaxRows softmax_;
-  float shrink_[2];
+  float shrink_[2];  // by which earlier weights are to be multiplied
+  bool changed_;     // it is not 1 everywhere
 };
 
 template <typename T, int kHeadDim, int kTileKeys>
