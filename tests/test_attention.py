@@ -115,6 +115,15 @@ def test_vertical_slash(case: SparseCase, dtype: torch.dtype, prefill_kernels: s
     check("vertical_slash_attention", (*case.qkv(dtype), *case.indexes()))
 
 
+def test_columns_that_one_block_of_two_attends(prefill_kernels: str) -> None:
+    """Slashes 128 apart cover, for every other row block, all columns given; the blocks between attend all of these."""
+    q, k, v = random_qkv(200, 1600, 2, 1, 64, torch.bfloat16)
+    slashes = torch.arange(0, 1600, 128, dtype=torch.int32).expand(2, -1).contiguous()
+    positions = torch.arange(1600, dtype=torch.int32)
+    columns = positions[positions % 128 < 64].expand(2, -1).contiguous()
+    check("vertical_slash_attention", (q, k, v, columns, slashes))
+
+
 @pytest.mark.parametrize("distance_gap", [62, 63, 64, 65, 66, 128])
 def test_slash_runs_at_the_border_of_touching(distance_gap: int) -> None:
     """Two slashes whose bands overlap, touch or just miss each other."""

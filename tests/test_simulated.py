@@ -102,6 +102,11 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
     "dense dual-chunk": lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, 0.125),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
+    # Slashes that cover the columns for every other block: of two blocks that share tiles, only one attends most.
+    "sparse by turns": attention(
+        torch.tensor([j for j in range(450) if j % 128 < 64], dtype=torch.int32).expand(4, -1).contiguous(),
+        torch.arange(0, 450, 128, dtype=torch.int32).expand(4, -1).contiguous(),
+    ),
     "select": select,
     "rotary": rotary,
     "store": store(torch.randperm(240, generator=GENERATOR)[:150]),
@@ -129,7 +134,7 @@ def simulated_ops() -> Any:
 @pytest.fixture(autouse=True, params=simulated.archs(), ids="sm{}".format)
 def arch(request: pytest.FixtureRequest, simulated_ops: Any) -> Iterator[int]:
     simulated.reset()
-    simulated.options(arch=request.param)
+    simulated.options(arch=request.param, sms=3)  # so few that persistent CTAs take several work items
     yield request.param
     simulated.reset()
 

@@ -22,6 +22,7 @@ struct Config {                                    // environment PTXSIM_<NAME>,
   bool random_cta = false;                         // CTA_ORDER=random
   u32 threads = 0;                                 // THREADS: OS threads (0: all cores)
   u32 arch = 0;         // ARCH: compute capability of the device, such as 80 (0: the highest that is loaded)
+  u32 sms = 0;          // SMS: multiprocessors of the device (0: 132 for Hopper, else 108)
   bool verbose = true;  // VERBOSE=0: no report on stderr
 };
 Config& config();

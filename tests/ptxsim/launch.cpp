@@ -75,7 +75,10 @@ void load_module(Module& m) {
   }
 }
 int device_arch() { return config().arch ? config().arch : g_highest_arch ? g_highest_arch : 90; }
-u32 sm_count() { return device_arch() >= 90 ? 132 : 108; }
+u32 sm_count() {
+  if (config().sms) return config().sms;
+  return device_arch() >= 90 ? 132 : 108;
+}
 const KernelInfo* find_kernel(const std::string& n) {
   auto i = kernels().find(n);
   return i == kernels().end() ? nullptr : i->second;

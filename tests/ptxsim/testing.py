@@ -33,6 +33,7 @@ DEFAULTS: dict[str, int | str] = {
     "threads": 0,
     "cta_order": "index",
     "arch": 0,
+    "sms": 0,
     "verbose": 0,
 }
 """Options after reset(); README.md says what they do."""

@@ -80,9 +80,11 @@ struct SharedMemory {
 struct Cursor {
   int index = 0;
   uint32_t phase = 0;
+  int32_t steps = 0;  // that led here
 
   template <int kStages>
   __device__ __forceinline__ void advance() {
+    ++steps;
     if (++index == kStages) {
       index = 0;
       phase ^= 1;
@@ -198,17 +200,18 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out_[d][i] = 0.0f;
       }
-      while (seek(INT32_MAX)) attend();
+      while (seek(INT32_MAX)) attend();  // as far as it takes
       if ((flags_ & kEndsWork) != 0) return;
       store();
     }
   }
 
  private:
-  // Goes on to the next tile of the row tile that this block attends. False at the end of the row tile, and after
-  // `most` tiles that the block does not attend.
-  __device__ bool seek(int most) {
-    for (int passed = 0; (flags_ & kEndsRows) == 0 && passed < most; ++passed) {
+  // Goes on to the next tile of the row tile that this block attends, but not beyond step `limit`. False if there is
+  // none. Tiles in between are given back; their values must have arrived by then, or a fast warpgroup could give back
+  // the stage's next values too before the slow one is done with these.
+  __device__ bool seek(int32_t limit) {
+    while ((flags_ & kEndsRows) == 0 && at_.steps < limit) {
       at_.template advance<C::kStages>();
       shared_.k_full[at_.index].wait(at_.phase);
       const Slot& slot = shared_.slots[at_.index];
@@ -219,15 +222,17 @@ class Consumer {
       if (slot.tile.use[block_] != Use::kNone) return true;
       if (!C::kQInRegisters && (flags_ & kEndsStage) != 0) release(shared_.q_empty);
       release(shared_.k_empty[at_.index]);
+      shared_.v_full[at_.index].wait(at_.phase);
       release(shared_.v_empty[at_.index]);
     }
     return false;
   }
 
-  // The tile at hand and those after it, PV one tile behind QK^T. Ends where the next tile is so far away that its stage
-  // may be the one whose values are still needed.
+  // The tile at hand and those after it, PV one tile behind QK^T. Ends where the next tile is so far away that it could
+  // not arrive before the stage of values that are still needed is free.
   __device__ void attend() {
-    Cursor values = at_;  // of the weights at hand
+    constexpr int32_t kReach = C::kStages - 1;
+    Cursor values = at_;  // the first ones that are still needed
     {
       float scores[kKeys8][4];
       const bool shared_tile = starts_turn();
@@ -241,7 +246,7 @@ class Consumer {
       rescale();
       pack(scores);
     }
-    bool more = seek(C::kStages - 1);
+    bool more = seek(values.steps + kReach);
     while (more) {
       float scores[kKeys8][4];
       const Cursor current = at_;
@@ -260,7 +265,7 @@ class Consumer {
       fence_registers(scores);
       softmax(scores);
       // Between softmax and wait also because of the compiler: its assembler moves a wait up as far as the last branch.
-      more = seek(C::kStages - 1);
+      more = seek(values.steps + kReach);
       cute::warpgroup_wait<0>();
       fence_registers(out_);
       fence_registers(weights_);
