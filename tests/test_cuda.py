@@ -143,6 +143,11 @@ def test_captured_step_gives_the_eager_tokens(
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         assert list(generate(model, prompt, **options)) == expected
+    tokens = generate(model, prompt, **options)
+    moved = [next(tokens)]
+    with torch.cuda.stream(side):
+        moved += tokens  # another stream than the first step's
+    assert moved == expected
     first, second = (generate(model, prompt, **options) for _ in range(2))  # two graphs at once
     assert [token for pair in zip(first, second, strict=True) for token in pair] == [x for x in expected for _ in "12"]
 

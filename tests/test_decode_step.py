@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, decoding, load_model, prefill
-from qwen_sparse.decoding import _Captured, _Steps, decode
+from qwen_sparse.decoding import _Graph, _Steps, decode
 from qwen_sparse.models import qwen2
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.sampling import Sampler
@@ -129,16 +129,17 @@ SAMPLERS = [Sampler(), Sampler(temperature=0.7, top_p=0.9, top_k=20, repetition_
 
 
 class Recorded:
-    """In place of ``_Captured``: records the step's torch calls, with their Python values, and repeats them."""
+    """In place of ``_Graph``: records the step's torch calls, with their Python values, and repeats them."""
 
-    def __init__(self, steps: _Steps) -> None:
-        self.steps, self.replay, self.calls = steps, None, 0
+    def __init__(self) -> None:
+        self.replay: Any = None
+        self.calls = 0
 
-    def __call__(self) -> None:
+    def run(self, function: Any) -> None:
         if self.replay is None:
-            state = [x for x in vars(self.steps).values() if isinstance(x, Tensor)]
+            state = [x for x in vars(function.__self__).values() if isinstance(x, Tensor)]
             before = [x.clone() for x in state]
-            self.replay = make_fx(lambda: self.steps._eager_step())()
+            self.replay = make_fx(lambda: function())()
             for x, saved in zip(state, before, strict=True):
                 x.copy_(saved)  # recording ran the step, which capturing does not
         self.replay()
@@ -160,16 +161,15 @@ def test_whole_step_replayed(
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
         return list(decode(model, cache, logits[None], seen, sampler=sampler, max_new_tokens=60, ahead=ahead))
 
-    expected, made, plain = run(0), [], _Steps.__init__
+    expected, recorded, plain = run(0), Recorded(), _Steps.__init__
 
     def init(self: _Steps, *arguments: Any) -> None:
         plain(self, *arguments)
-        made.append(Recorded(self))
-        self._step = made[0]
+        self._graph = recorded
 
     monkeypatch.setattr(_Steps, "__init__", init)
     assert run(1) == expected
-    assert made[0].calls == 59
+    assert recorded.calls == 59
     assert len(set(expected)) > 5
 
 
@@ -202,7 +202,7 @@ def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.append("captured")
 
     replacements = {"Stream": Stream, "CUDAGraph": Graph, "stream": stream, "graph": graph}
-    replacements |= {"device": nullcontext, "current_stream": lambda: Stream(None)}
+    replacements["current_stream"] = lambda: Stream(None)
     for name, replacement in replacements.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     monkeypatch.setattr(decoding, "_side_stream", decoding._side_stream.__wrapped__)
@@ -211,14 +211,18 @@ def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_when_a_step_is_captured(cuda_log: list[str]) -> None:
     """The first call is the warm-up, the second captures, every one from there on replays."""
-    captured = _Captured(lambda: cuda_log.append("step"), torch.device("cuda", 0))
-    captured()
+    graph = _Graph(torch.device("cuda", 0))
+
+    def step() -> None:
+        cuda_log.append("step")
+
+    graph.run(step)
     assert cuda_log == ["side waits for main", "on side", "step", "back", "main waits for side"]
     cuda_log.clear()
-    captured()
+    graph.run(step)
     assert cuda_log == ["on side", "capture on side", "step", "captured", "back", "replay"]
     cuda_log.clear()
-    captured()
+    graph.run(step)
     assert cuda_log == ["replay"]
 
 
@@ -227,10 +231,10 @@ def test_a_capture_that_fails(cuda_log: list[str]) -> None:
         if cuda_log[-1] == "capture on side":
             raise ValueError("not like this")
 
-    captured = _Captured(step, torch.device("cuda", 0))
-    captured()
+    graph = _Graph(torch.device("cuda", 0))
+    graph.run(step)
     with pytest.raises(RuntimeError, match=r"cannot be captured .* \(cuda_graph=False does without\): not like this"):
-        captured()
+        graph.run(step)
 
 
 # --- Nothing that stops the host ---
@@ -277,9 +281,9 @@ def test_nothing_is_read_by_the_host(
     cache = model.new_cache(420)
     logits, seen = (torch.zeros(1, VOCAB, dtype=dtype, device=VALUELESS) for dtype in (torch.float32, torch.bool))
     steps = _Steps(model, cache, logits, seen, sampler, 5, False)
-    steps._eager_step()  # with what is computed once only
+    steps._step()  # with what is computed once only
     with OnlyOn(VALUELESS) as mode:
-        steps._eager_step()
+        steps._step()
         lengths = torch.zeros(3, dtype=torch.int64, device=VALUELESS)
         logits = model.decode_step(lengths, lengths, cache, cache.block_table.expand(3, -1))
     assert logits.shape == (3, VOCAB)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -225,6 +227,20 @@ def test_cache_must_not_change_between_tokens(model: Qwen2Model, change: str) ->
         prefill(model, PROMPT, cache=cache)
     with pytest.raises(RuntimeError, match=rf"must not be changed .* had {len(PROMPT)} tokens in 3 pages, and now has"):
         next(tokens)
+
+
+def test_cache_is_freed_at_once(model: Qwen2Model) -> None:
+    """Not when the garbage collector finds a cycle: on a GPU, gigabytes would wait for it."""
+    cache = model.new_cache()
+    freed = weakref.ref(cache)
+    tokens = generate(model, PROMPT, cache=cache, stop_token_ids=())
+    next(tokens), next(tokens)
+    gc.disable()
+    try:
+        del tokens, cache
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_logits_of_a_broken_model(model: Qwen2Model) -> None:

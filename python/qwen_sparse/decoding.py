@@ -11,6 +11,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -93,35 +94,40 @@ class _Steps:
         cuda_graph: bool,
     ) -> None:
         self._model, self._cache, self._sampler = model, cache, sampler
-        self._on_gpu = model.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
+        # All steps take this stream, whatever is current when a later token is asked for. None: on a CPU.
+        self._stream = torch.cuda.current_stream(model.device) if on_gpu else None
         self._logits, self._seen = logits, seen
         self._block_table = cache.block_table
         self._seqlens = torch.full((1,), cache.seqlen, device=model.device)
         self._tokens = torch.empty(1, dtype=torch.int64, device=model.device)
         self._draws = sampler.draws(max_new_tokens).to(model.device)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._host = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._host = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=on_gpu)
         self._events: deque[torch.cuda.Event] = deque()  # of tokens that were not read
-        self._step = _Captured(self._eager_step, model.device) if self._on_gpu and cuda_graph else self._eager_step
+        self._graph = _Graph(model.device) if on_gpu and cuda_graph else None
         self.started = 0
 
     @torch.inference_mode()
     def start(self) -> None:
         """Start the next step, and the copy of its token to the host."""
-        if self.started == 0:
-            self._sample(self._logits)
-        else:
-            self._step()
-        self._host[self.started : self.started + 1].copy_(self._tokens, non_blocking=True)
-        if self._on_gpu:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self._model.device))
-            self._events.append(event)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if self.started == 0:
+                self._sample(self._logits)
+            elif self._graph is None:
+                self._step()
+            else:
+                self._graph.run(self._step)
+            self._host[self.started : self.started + 1].copy_(self._tokens, non_blocking=True)
+            if self._stream is not None:
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._stream)
+                self._events.append(event)
         self.started += 1
 
     def read(self, number: int) -> int:
         """Token ``number`` of the output, once its step is done; in order."""
-        if self._on_gpu:
+        if self._stream is not None:
             self._events.popleft().synchronize()
         token = int(self._host[number])
         if token < 0:
@@ -133,7 +139,7 @@ class _Steps:
         if self._events:
             self._events[-1].synchronize()
 
-    def _eager_step(self) -> None:
+    def _step(self) -> None:
         tokens = self._tokens.clamp(min=0)  # one that could not be chosen is reported when it is read
         logits = self._model.decode_step(tokens, self._seqlens, self._cache, self._block_table)
         self._seqlens += 1
@@ -146,38 +152,39 @@ class _Steps:
         self._tokens.copy_(tokens)
 
 
-class _Captured:
-    """A function of no arguments in a CUDA graph: called as it is the first time, captured the second, then replayed.
+class _Graph:
+    """Runs a function, always the same, as it is the first time, captures it the second, and replays it from there on.
 
-    The first call is the warm-up that capturing needs: kernels are loaded and libraries initialised outside of the
-    graph. Memory that the function takes comes from the graph's own pool, so its addresses stay.
+    It runs on the current stream, which must be one of its device. The first run is the warm-up that capturing needs:
+    kernels are loaded and libraries initialised outside of the graph. Memory that the function takes comes from the
+    graph's own pool, so its addresses stay.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
-        self._function, self._device = function, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
 
-    def __call__(self) -> None:
-        with torch.cuda.device(self._device):
-            if not self._warm:
-                with _SIDE_STREAM_IN_USE:
-                    self._warm_up()
-                return
-            if self._graph is None:
-                with _SIDE_STREAM_IN_USE:
-                    self._graph = self._capture()
-            self._graph.replay()
+    def run(self, function: Callable[[], None]) -> None:
+        # The function is not kept: it belongs to the owner of this graph, and a cycle would keep a cache's memory.
+        if not self._warm:
+            with _SIDE_STREAM_IN_USE:
+                self._warm_up(function)
+            return
+        if self._graph is None:
+            with _SIDE_STREAM_IN_USE:
+                self._graph = self._capture(function)
+        self._graph.replay()
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, function: Callable[[], None]) -> None:
         stream, current = _side_stream(self._device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._function()
+            function()
         current.wait_stream(stream)
         self._warm = True
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph, stream = torch.cuda.CUDAGraph(), _side_stream(self._device)
         try:
             # thread_local: what other threads do with the GPU meanwhile is no part of the step. The outer context
@@ -186,7 +193,7 @@ class _Captured:
                 torch.cuda.stream(stream),
                 torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
             ):
-                self._function()
+                function()
         except Exception as error:
             raise RuntimeError(
                 f"generate: the decode step cannot be captured in a CUDA graph (cuda_graph=False does without): {error}"
