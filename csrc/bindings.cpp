@@ -51,7 +51,8 @@ QWEN_SPARSE_LIBRARY(QWEN_SPARSE_OP_NAMESPACE, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqlens_k,"
       " Tensor? k_scale, Tensor? v_scale, Tensor? k_bias, Tensor? inv_freq, float attention_factor, Tensor? q_succ,"
-      " Tensor? q_inter, int? chunk_len, float softmax_scale, int? window) -> (Tensor out, Tensor lse)");
+      " Tensor? q_inter, int? chunk_len, float softmax_scale, Tensor? scale_factors, int? window)"
+      " -> (Tensor out, Tensor lse)");
 }
 
 namespace {

@@ -185,8 +185,9 @@ struct DecodeParams {
   int64_t chunk_len = 0;
   int64_t window = kNoWindow;
   float softmax_scale = 1.0f;
-  void* out = nullptr;   // [batch, seqlen_q, num_heads, head_dim]
-  float* lse = nullptr;  // [batch, seqlen_q, num_heads]
+  const float* scale_factors = nullptr;  // [batch]: each sequence's factor on softmax_scale; null: 1
+  void* out = nullptr;                   // [batch, seqlen_q, num_heads, head_dim]
+  float* lse = nullptr;                  // [batch, seqlen_q, num_heads]
   void* workspace = nullptr;
 };
 

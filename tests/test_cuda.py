@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from qwen_sparse.models import qwen2
 from qwen_sparse.testing import reference_error
 
 TOKENS = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(0))
+
+
+def use_model_kernels(monkeypatch: pytest.MonkeyPatch, kernels: str) -> str:
+    """Sends a model's ops to the kernels of the fixture; the device its tensors belong on."""
+    if kernels == "cuda":
+        monkeypatch.setattr(ops, "_ops", torch.ops.qwen_sparse)  # the model's tensors are on the device themselves
+        return "cuda"
+    assert isinstance(ops._ops, MovedOps)
+    monkeypatch.setattr(qwen2, "_ops", ops._ops)
+    return "cpu"
 
 
 def last_logits(path: Path, device: str, dtype: str, **options: str) -> Tensor:
@@ -42,12 +53,56 @@ def test_model(
     with monkeypatch.context() as cpu:
         cpu.setattr(ops, "_ops", torch.ops.qwen_sparse)
         exact, plain = (last_logits(path, "cpu", dtype, **options) for dtype in ("float32", "bfloat16"))
-    if kernels == "cuda":
-        monkeypatch.setattr(ops, "_ops", torch.ops.qwen_sparse)  # the model's tensors are on the device themselves
-    else:
-        assert isinstance(ops._ops, MovedOps)
-        monkeypatch.setattr(qwen2, "_ops", ops._ops)
-    actual = last_logits(path, "cuda" if kernels == "cuda" else "cpu", "bfloat16", **options)
+    actual = last_logits(path, use_model_kernels(monkeypatch, kernels), "bfloat16", **options)
+    assert reference_error(actual, exact) <= 2 * reference_error(plain, exact) + 0.02
+
+
+PROMPT, END = (
+    250,
+    262,
+)  # positions of the prompt's end and of the last step's: a chunk and the trained length end between
+STEP_CONFIGS: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "dca": {"dual_chunk_attention_config": {**DUAL_CHUNK, "original_max_position_embeddings": 0}},
+    "dca_temperature": {"dual_chunk_attention_config": DUAL_CHUNK},
+}
+
+
+def step_logits(path: Path, device: str, dtype: str, kv_cache_dtype: str) -> Tensor:
+    """Logits of decode steps behind a prompt."""
+    model = load_model(path, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+    cache = prefill(model, TOKENS[:PROMPT], cache=model.new_cache(END)).cache
+    rows = []
+    for token in TOKENS[PROMPT:END].to(device):
+        length = torch.tensor([cache.seqlen], device=device)
+        rows.append(model.decode_step(token[None], length, cache, cache.block_table))
+        cache.commit(1)
+    return torch.cat(rows).cpu()
+
+
+def exact_logits(path: Path, kv_cache_dtype: str) -> Tensor:
+    """Of one prefill in float32; with a temperature, which would differ, of passes whose lengths the host knows."""
+    model = load_model(path, dtype="float32", kv_cache_dtype=kv_cache_dtype)
+    dual_chunk = model.config.dual_chunk
+    if dual_chunk is None or dual_chunk.original_max_position_embeddings == 0:
+        return prefill(model, TOKENS[:END], logits="all").logits[PROMPT:]
+    cache = prefill(model, TOKENS[:PROMPT]).cache
+    rows = [model.forward(token[None], cache, output="all") for token in TOKENS[PROMPT:END]]
+    return torch.cat([row for row in rows if row is not None])
+
+
+@pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("config", STEP_CONFIGS)
+def test_decode_steps(
+    write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch, config: str, kv_cache_dtype: str, kernels: str
+) -> None:
+    """Steps that depend on the device only, beside a prefill; errors as in the test above."""
+    path = write_checkpoint(**STEP_CONFIGS[config])
+    with monkeypatch.context() as cpu:
+        cpu.setattr(ops, "_ops", torch.ops.qwen_sparse)
+        exact, plain = exact_logits(path, kv_cache_dtype), step_logits(path, "cpu", "bfloat16", kv_cache_dtype)
+    actual = step_logits(path, use_model_kernels(monkeypatch, kernels), "bfloat16", kv_cache_dtype)
     assert reference_error(actual, exact) <= 2 * reference_error(plain, exact) + 0.02
 
 
@@ -63,6 +118,83 @@ def test_generate_and_statistics(write_checkpoint: WriteCheckpoint, device: str)
     assert result.stats.peak_memory > 0
     assert 0 < sum(result.stats.seconds.values()) <= 1.1 * result.stats.total_seconds
     assert len(list(generate(model, TOKENS[:50], max_new_tokens=5, stop_token_ids=()))) == 5
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 80, "stop_token_ids": ()}
+SAMPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("config", STEP_CONFIGS)
+def test_captured_step_gives_the_eager_tokens(
+    write_checkpoint: WriteCheckpoint, config: str, kv_cache_dtype: str, options: dict[str, Any], device: str
+) -> None:
+    """Over a chunk border and the trained length; the kernels are the same, so all tokens are."""
+    path = write_checkpoint(**STEP_CONFIGS[config])
+    model = load_model(path, device=device, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+    prompt = TOKENS[:200]
+    expected = list(generate(model, prompt, cuda_graph=False, **options))
+    assert len(expected) == 80
+    cache = model.new_cache()
+    assert list(generate(model, prompt, cache=cache, **options)) == expected
+    assert cache.seqlen == 200 + 79
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        assert list(generate(model, prompt, **options)) == expected
+    tokens = generate(model, prompt, **options)
+    moved = [next(tokens)]
+    with torch.cuda.stream(side):
+        moved += tokens  # another stream than the first step's
+    assert moved == expected
+    first, second = (generate(model, prompt, **options) for _ in range(2))  # two graphs at once
+    assert [token for pair in zip(first, second, strict=True) for token in pair] == [x for x in expected for _ in "12"]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("taken", [1, 2, 3, 7])
+def test_leaving_a_captured_loop_early(write_checkpoint: WriteCheckpoint, taken: int, device: str) -> None:
+    """A step was ahead of the reader; the cache goes on from the tokens that were read."""
+    model = load_model(write_checkpoint(dual_chunk_attention_config=DUAL_CHUNK), device=device, dtype="bfloat16")
+    cache = model.new_cache()
+    tokens = generate(model, TOKENS[:250], cache=cache, **GREEDY)
+    read = [next(tokens) for _ in range(taken)]
+    del tokens
+    assert cache.seqlen == 250 + taken - 1
+    again = prefill(model, torch.cat((TOKENS[:250], torch.tensor(read))))
+    ours = prefill(model, read[-1:], cache=cache).logits
+    torch.testing.assert_close(ours, again.logits, rtol=0, atol=0.3)  # of logits that spread by 2
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_what_cannot_be_captured_is_said(
+    write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    model = load_model(write_checkpoint(), device=device, dtype="bfloat16")
+    step = qwen2.Qwen2Model.decode_step
+
+    def reading(self: qwen2.Qwen2Model, input_ids: Tensor, *arguments: Any) -> Tensor:
+        assert int(input_ids[0]) >= 0
+        return step(self, input_ids, *arguments)
+
+    monkeypatch.setattr(qwen2.Qwen2Model, "decode_step", reading)
+    with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph \(cuda_graph=False does without\)"):
+        list(generate(model, TOKENS[:50], **GREEDY))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_captured_steps_keep_no_memory(write_checkpoint: WriteCheckpoint, device: str) -> None:
+    model = load_model(write_checkpoint(), device=device, dtype="bfloat16")
+
+    def allocated() -> int:
+        list(generate(model, TOKENS[:50], **SAMPLED))
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    allocated()  # workspaces of cuBLAS
+    assert allocated() == allocated()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])

@@ -25,6 +25,7 @@ class Case:
     window: int | None = None
     dual_chunk: bool = False
     chunk_len: int = 192
+    scale_factors: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -52,6 +53,8 @@ class Case:
         queries = [torch.randn(q_shape, generator=generator).to(dtype) for _ in range(3)]
         if self.dual_chunk:
             kwargs.update(q_succ=queries[1], q_inter=queries[2], chunk_len=self.chunk_len)
+        if self.scale_factors is not None:
+            kwargs["scale_factors"] = torch.tensor(self.scale_factors)
         seqlens = torch.tensor(self.seqlens_k, dtype=torch.int32)
         return [queries[0], *caches, block_table, seqlens], kwargs
 
@@ -72,6 +75,8 @@ CASES = [
     Case("dual_chunk_rows_across_border", (387, 195), seqlen_q=6, dual_chunk=True),
     Case("dual_chunk_not_multiple_of_page", (1500,), dual_chunk=True, chunk_len=320),
     Case("dual_chunk_long", (4500,), seqlen_q=2, head_dim=128, dual_chunk=True, chunk_len=640),
+    Case("scale_factors", (300, 17, 1200, 1), scale_factors=(1.288, 0.0, -0.7, 3.0)),
+    Case("scale_factors_dual_chunk", (387, 195), seqlen_q=6, dual_chunk=True, scale_factors=(0.5, 1.1)),
 ]
 
 
@@ -152,6 +157,21 @@ def test_lengths_and_pages_out_of_range(cache: str, kernels: str) -> None:
 
 @pytest.mark.parametrize("cache", ["same", "int8"])
 @pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
+def test_scale_factor_not_finite(factor: float, cache: str, kernels: str) -> None:
+    """A GPU does not check them: the sequence is NaN, the others are as ever."""
+    args, kwargs = Case("", (600, 130), scale_factors=(1.5, 1.2)).inputs(torch.bfloat16, cache)
+    expected, expected_lse = ops.decode_attention(*args, return_lse=True, **kwargs)
+    kwargs["scale_factors"] = torch.tensor([factor, 1.2])
+    out, lse = ops.decode_attention(*args, return_lse=True, **kwargs)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    assert torch.equal(out[1], expected[1])
+    assert torch.equal(lse[1], expected_lse[1])
+
+
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
 def test_capacity_far_above_lengths(cache: str, kernels: str) -> None:
     """The division of the work follows the block table's width; a captured call is replayed with other lengths."""
     (q, k, v, table, _), kwargs = Case("", (300, 300), page_size=48).inputs(torch.bfloat16, cache)
@@ -203,6 +223,10 @@ def with_arg(index: int, value: torch.Tensor) -> list[torch.Tensor]:
         (ARGS8, {**KWARGS8, "inv_freq": None}, "inv_freq must be given with k_bias, got None"),
         (ARGS, {"chunk_len": 64}, "q_succ and chunk_len must be given together"),
         (ARGS, {"window": -1}, "window must be positive or None, got -1"),
+        (ARGS, {"scale_factors": torch.ones(3)}, r"scale_factors must have shape \[batch\] = \[2\], got \[3\]"),
+        (ARGS, {"scale_factors": torch.ones(2).double()}, "scale_factors must have dtype float32, got float64"),
+        (ARGS, {"scale_factors": torch.tensor([1, torch.nan])}, r"scale_factors must be finite, got nan at \[1\]"),
+        (ARGS, {"scale_factors": torch.tensor([-torch.inf, 1])}, r"scale_factors must be finite, got -inf at \[0\]"),
     ],
 )
 def test_bad_arguments_are_named(args: list[torch.Tensor], kwargs: dict[str, Any], message: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +13,14 @@ import torch
 from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, byte_tokenizer
-from qwen_sparse import Tokenizer, generate, generate_text, load_model, prefill, truncate_prompt
-from qwen_sparse.generate import Sampler, StopStrings
+from qwen_sparse import PagedKVCache, Tokenizer, generate, generate_text, load_model, prefill, truncate_prompt
+from qwen_sparse.decoding import decode
+from qwen_sparse.generate import StopStrings
 from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.sampling import Sampler
 
 VOCAB = TINY["vocab_size"]
-NONE_SEEN = torch.zeros(VOCAB, dtype=torch.bool)
+NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)
 
 
 @pytest.fixture
@@ -27,6 +32,10 @@ def random_logits(seed: int = 0) -> Tensor:
     return 2 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
+def sample(sampler: Sampler, logits: Tensor, draw: float = 0.5, seen: Tensor = NONE_SEEN) -> list[int]:
+    return sampler(logits[None], seen, torch.tensor([draw], dtype=torch.float64)).tolist()
+
+
 PROMPT = list(b"The grass is green. The sky is blue.")
 
 
@@ -35,9 +44,39 @@ PROMPT = list(b"The grass is green. The sky is blue.")
 
 def test_greedy() -> None:
     logits = random_logits()
-    assert Sampler()(logits, NONE_SEEN) == int(logits.argmax())
-    assert Sampler(temperature=1.0, top_k=1)(logits, NONE_SEEN) == int(logits.argmax())
-    assert Sampler(temperature=1.0, top_p=1e-6)(logits, NONE_SEEN) == int(logits.argmax())
+    expected = [int(logits.argmax())]
+    assert sample(Sampler(), logits) == expected
+    assert sample(Sampler(temperature=1.0, top_k=1), logits, 0.99) == expected
+    assert sample(Sampler(temperature=1.0, top_p=1e-6), logits, 0.99) == expected
+
+
+def test_draws_at_the_ends_of_the_distribution() -> None:
+    """The smallest and the largest draw take the first and the last token that is left, whatever the rounding."""
+    logits = random_logits()
+    by_probability = logits.argsort(descending=True).tolist()
+    for top_k in range(1, VOCAB):
+        sampler = Sampler(temperature=1.0, top_k=top_k)
+        assert sample(sampler, logits, 0.0) == by_probability[:1]
+        assert sample(sampler, logits, 1 - 2.0**-53) == by_probability[top_k - 1 : top_k]
+
+
+def test_batch() -> None:
+    """Each sequence by its own logits, history and draw."""
+    sampler = Sampler(temperature=0.8, top_p=0.9, top_k=50, repetition_penalty=1.3, seed=0)
+    logits, seen = torch.stack([random_logits(seed) for seed in range(20)]), torch.rand(20, VOCAB) < 0.3
+    draws = sampler.draws(20)
+    rows = [sampler(logits[i : i + 1], seen[i : i + 1], draws[i : i + 1]) for i in range(20)]
+    assert torch.equal(sampler(logits, seen, draws), torch.cat(rows))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(value: float, temperature: float) -> None:
+    logits = torch.stack((random_logits(), random_logits()))
+    logits[0, 7] = value
+    logits[1, 7] = -float("inf")  # a token that cannot come
+    sampler = Sampler(temperature=temperature, top_p=0.9)
+    assert (sampler(logits, NONE_SEEN, torch.tensor([0.5, 0.5])) < 0).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +93,7 @@ def test_distribution_of_transformers(temperature: float, top_p: float, top_k: i
         warped = TopPLogitsWarper(top_p)(None, warped)
     expected = warped[0].softmax(-1)
     sampler, draws = Sampler(temperature, top_p, top_k, seed=0), 4000
-    counts = torch.zeros(VOCAB)
-    for _ in range(draws):
-        counts[sampler(logits, NONE_SEEN)] += 1
+    counts = sampler(logits.expand(draws, -1), NONE_SEEN, sampler.draws(draws)).bincount(minlength=VOCAB)
     assert not counts[expected == 0].any()
     # Each count is binomial: 5 standard deviations.
     deviation = (draws * expected * (1 - expected)).sqrt()
@@ -69,15 +106,16 @@ def test_repetition_penalty_of_transformers() -> None:
     for seed in range(20):
         logits, seen = random_logits(seed), NONE_SEEN.clone()
         prompt = logits.topk(30).indices
-        seen[prompt] = True
+        seen[0, prompt] = True
         expected = RepetitionPenaltyLogitsProcessor(1.7)(prompt[None], logits[None].clone())[0].argmax()
-        assert Sampler(repetition_penalty=1.7)(logits, seen) == int(expected)
+        assert sample(Sampler(repetition_penalty=1.7), logits, seen=seen) == [int(expected)]
 
 
 def test_seeds() -> None:
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(temperature=1.0, seed=seed)
-        return [sampler(random_logits(), NONE_SEEN) for _ in range(20)]
+        tokens: list[int] = sampler(random_logits().expand(20, -1), NONE_SEEN, sampler.draws(20)).tolist()
+        return tokens
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -147,6 +185,70 @@ def test_continuing_a_conversation(model: Qwen2Model) -> None:
     assert continued == greedy(model, [*PROMPT, *answer, *b" And?"], 6)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_cache_between_tokens_and_behind_them(model: Qwen2Model, ahead: int) -> None:
+    """All tokens but the last, however the output ends; also where a step runs ahead of the reader."""
+    expected = greedy(model, PROMPT, 8)
+    end = next(token for token in expected[3:] if token not in expected[:3])
+
+    def run(count: int, ends: tuple[int, ...] = ()) -> tuple[Iterator[int], PagedKVCache]:
+        cache = model.new_cache(len(PROMPT) + count)
+        logits = prefill(model, PROMPT, cache=cache).logits
+        options = {"sampler": Sampler(), "max_new_tokens": count, "ends": ends, "ahead": ahead}
+        return decode(model, cache, logits[None], NONE_SEEN.clone(), **options), cache
+
+    tokens, cache = run(8)
+    for number, token in enumerate(tokens):
+        assert token == expected[number]
+        assert cache.seqlen == len(PROMPT) + number
+    assert number == 7
+    tokens, cache = run(8, (end,))
+    before = list(tokens)
+    assert before == expected[: expected.index(end)]
+    assert cache.seqlen == len(PROMPT) + len(before) - 1
+    tokens, cache = run(8)
+    first = [next(tokens), next(tokens), next(tokens)]
+    del tokens  # left early: the cache goes on from there
+    assert cache.seqlen == len(PROMPT) + 2
+    assert first == expected[:3]
+    assert list(generate(model, first[-1:], cache=cache, max_new_tokens=5)) == expected[3:]
+
+
+@pytest.mark.parametrize("change", ["truncate", "reserve", "prefill"])
+def test_cache_must_not_change_between_tokens(model: Qwen2Model, change: str) -> None:
+    cache = model.new_cache()
+    tokens = generate(model, PROMPT, cache=cache, stop_token_ids=())
+    next(tokens)
+    if change == "truncate":
+        cache.truncate(3)
+    elif change == "reserve":
+        cache.reserve(10_000)
+    else:
+        prefill(model, PROMPT, cache=cache)
+    with pytest.raises(RuntimeError, match=rf"must not be changed .* had {len(PROMPT)} tokens in 3 pages, and now has"):
+        next(tokens)
+
+
+def test_cache_is_freed_at_once(model: Qwen2Model) -> None:
+    """Not when the garbage collector finds a cycle: on a GPU, gigabytes would wait for it."""
+    cache = model.new_cache()
+    freed = weakref.ref(cache)
+    tokens = generate(model, PROMPT, cache=cache, stop_token_ids=())
+    next(tokens), next(tokens)
+    gc.disable()
+    try:
+        del tokens, cache
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_logits_of_a_broken_model(model: Qwen2Model) -> None:
+    broken = replace(model, weights=replace(model.weights, norm=model.weights.norm * torch.nan))
+    with pytest.raises(RuntimeError, match="the logits of new token 0 are not finite"):
+        next(generate(broken, PROMPT, temperature=1.0))
+
+
 def test_length_is_checked_with_the_output(model: Qwen2Model) -> None:
     limited = replace(model, max_seq_len=len(PROMPT) + 5)
     assert len(list(generate(limited, PROMPT, max_new_tokens=5))) == 5
@@ -161,7 +263,7 @@ REAL_FORWARD = Qwen2Model.forward
 
 
 class Scripted:
-    """Stands in for the forward pass: the model says ``text``, one byte per token."""
+    """Stands in for the forward passes: the model says ``text``, one byte per token."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         self.script = text.encode()
@@ -169,12 +271,16 @@ class Scripted:
 
         def forward(model: Qwen2Model, input_ids: Tensor, cache: Any, **options: Any) -> Tensor:
             REAL_FORWARD(model, input_ids, cache, **options)
-            logits = torch.zeros(VOCAB)
-            logits[self.script[self.produced]] = 1.0
-            self.produced += 1
-            return logits
+            return self.logits()
 
         monkeypatch.setattr(Qwen2Model, "forward", forward)
+        monkeypatch.setattr(Qwen2Model, "decode_step", lambda *arguments: self.logits()[None])
+
+    def logits(self) -> Tensor:
+        logits = torch.zeros(VOCAB)
+        logits[self.script[self.produced]] = 1.0
+        self.produced += 1
+        return logits
 
 
 def test_text_streams_whole_characters(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:

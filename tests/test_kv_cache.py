@@ -25,9 +25,9 @@ def random_kv(n: int, seed: int = 0, num_kv_heads: int = 2) -> tuple[Tensor, Ten
 
 
 def fill(cache: PagedKVCache, k: Tensor, v: Tensor) -> None:
-    start = cache.seqlen
+    slots = cache.next_slots(k.shape[0])
     for layer in range(cache.config.num_layers):
-        cache.append(layer, k + layer, v - layer, start)
+        cache.append(layer, k + layer, v - layer, slots)
     cache.commit(k.shape[0])
 
 
@@ -65,7 +65,7 @@ def test_chunk_counts_only_once_committed() -> None:
     cache = PagedKVCache(CONFIG)
     k, v = random_kv(100)
     fill(cache, k, v)
-    cache.append(0, *random_kv(70, seed=1), 100)  # a chunk that stops after the first layer
+    cache.append(0, *random_kv(70, seed=1), cache.next_slots(70))  # a chunk that stops after the first layer
     assert cache.seqlen == 100
     assert torch.equal(cache.workspace(0, 100)[0], k)
     again_k, again_v = random_kv(70, seed=2)
@@ -112,6 +112,14 @@ def test_remapped_pages_hold_the_same_tokens() -> None:
     assert cache.workspace_nbytes == 2 * 640 * 2 * 64 * 4
 
 
+def test_slots_of_several_sequences() -> None:
+    tables = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    slots = PagedKVCache(CHUNKED, rotation=int8_rotation()).slots(torch.tensor([[127, 128], [5, 255]]), tables)
+    assert slots.positions.tolist() == [127, 128, 5, 255]
+    assert slots.rotations.tolist() == [127, 0, 5, 127]
+    assert slots.slot_mapping.tolist() == [2 * 128 + 127, 0, 128 + 5, 3 * 128 + 127]
+
+
 @pytest.mark.parametrize("pages", [None, [3, 1, 0, 2]], ids=["consecutive", "remapped"])
 def test_int8(pages: list[int] | None) -> None:
     rotation = int8_rotation()
@@ -125,7 +133,7 @@ def test_int8(pages: list[int] | None) -> None:
         bias = rotation.k_bias[layer].expand(500, 1, 64)
         rotated = reference.rotate(k + bias, positions, rotation.inv_freq).float()
         for start, end in ((0, 130), (130, 500)):
-            cache.append(layer, rotated[start:end], v[start:end], start)
+            cache.append(layer, rotated[start:end], v[start:end], cache.next_slots(end - start))
             cache.commit(end - start)
         read_k, read_v = cache.workspace(layer, 500)
         unbiased = rotated - reference.rotate(bias, positions, rotation.inv_freq).float()
@@ -184,18 +192,19 @@ def test_storage_dtype() -> None:
 def test_rules() -> None:
     cache = PagedKVCache(CONFIG)
     k, v = random_kv(10)
-    with pytest.raises(ValueError, match="start must equal seqlen = 0, got 3"):
-        cache.append(0, k, v, 3)
+    slots = cache.next_slots(10)
+    with pytest.raises(ValueError, match=r"slot_mapping must have shape \[n\] = \[9\], got \[10\]"):
+        cache.append(0, k[:9], v[:9], slots)
     with pytest.raises(ValueError, match=r"= \[\*, 2, 64\], got \[10, 1, 64\] and \[10, 1, 64\]"):
-        cache.append(0, k[:, :1], v[:, :1], 0)
+        cache.append(0, k[:, :1], v[:, :1], slots)
     with pytest.raises(ValueError, match=r"got \[10, 2, 64\] and \[9, 2, 64\]"):
-        cache.append(0, k, v[:9], 0)
-    with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 0\]"):
-        cache.commit(1)
+        cache.append(0, k, v[:9], slots)
+    with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 128\]"):
+        cache.commit(129)
     with pytest.raises(ValueError, match=r"must be in \[0, seqlen = 0\], got 1"):
         cache.truncate(1)
-    with pytest.raises(ValueError, match=r"capacity = 0\], got 1"):
-        cache.workspace(0, 1)
+    with pytest.raises(ValueError, match=r"capacity = 128\], got 129"):
+        cache.workspace(0, 129)
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         cache.reserve(-1)
     fill(cache, k, v)

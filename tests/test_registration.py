@@ -12,6 +12,7 @@ import torch
 
 import qwen_sparse
 from qwen_sparse import _C, ops
+from qwen_sparse.rope import dual_chunk_scale_factors
 from qwen_sparse.testing import random_indexes, random_qkv
 
 q, k, v = random_qkv(70, 200, 4, 2, 64, torch.float32)
@@ -40,7 +41,8 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
         *PAGES, TABLE[0], None, None, None, None, 1.0, None, torch.empty(20, 2, 64), torch.empty(20, 2, 64)
     ),
     "decode_attention": (
-        torch.randn(1, 2, 4, 64), *PAGES, TABLE, SEQLENS, None, None, None, None, 1.0, None, None, None, 0.125, None
+        torch.randn(1, 2, 4, 64), *PAGES, TABLE, SEQLENS, None, None, None, None, 1.0, None, None, None, 0.125,
+        torch.tensor([1.3]), None
     ),
 }  # fmt: skip
 
@@ -90,6 +92,20 @@ def test_compile_full_graph() -> None:
     long_q = torch.randn(200, 4, 64)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(long_q, k, v), layer(long_q, k, v))
+
+
+def test_compile_decode() -> None:
+    """With lengths and scale factors that the compiled code computes."""
+
+    def step(q: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+        factors = dual_chunk_scale_factors(past + 2, 8)
+        out = ops.decode_attention(q, *PAGES, TABLE, (past + 2).int(), scale_factors=factors)
+        assert isinstance(out, torch.Tensor)
+        return out * 2
+
+    rows, past = torch.randn(1, 2, 4, 64), torch.tensor([18])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows, past), step(rows, past))
 
 
 def test_build_info_and_cpu_features() -> None:

@@ -9,7 +9,12 @@ import torch
 
 from conftest import TINY
 from qwen_sparse.config import ModelConfig
-from qwen_sparse.rope import attention_factor, dual_chunk_temperature, inverse_frequencies
+from qwen_sparse.rope import (
+    attention_factor,
+    dual_chunk_scale_factors,
+    dual_chunk_temperature,
+    inverse_frequencies,
+)
 
 ROPES: dict[str, dict[str, Any]] = {
     "plain": {"rope_type": "default", "rope_theta": 1e4},
@@ -76,3 +81,15 @@ def test_temperature() -> None:
     assert dual_chunk_temperature(262145, 262144) > 1.0
     assert dual_chunk_temperature(1, 262144) == 1.0
     assert dual_chunk_temperature(10**9, 0) == 1.0
+
+
+@pytest.mark.parametrize("original", [64, 32768, 262144])
+def test_scale_factors_are_the_squared_temperature(original: int) -> None:
+    """Of every length around the trained one, and of lengths up to 4 M tokens: within one unit in the last place."""
+    seqlens = torch.cat((torch.arange(1, 4 * 64), original + torch.arange(-40, 400), torch.arange(1, 2**22, 4099)))
+    ours = dual_chunk_scale_factors(seqlens, original)
+    assert ours.dtype == torch.float32
+    expected = torch.tensor([dual_chunk_temperature(n, original) ** 2 for n in seqlens.tolist()]).float()
+    assert (ours.view(torch.int32) - expected.view(torch.int32)).abs().max() <= 1
+    assert torch.equal(ours == 1, expected == 1)
+    assert ours.max() > 1.2

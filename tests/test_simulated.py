@@ -66,6 +66,7 @@ def decode(table: Tensor, lengths: Tensor) -> Callable[[Any], Any]:
         *DECODE_Q[1:],
         CHUNK_LEN,
         0.125,
+        torch.tensor([1.25, -0.5]),
         None,
     )
 

@@ -1,5 +1,6 @@
 // Decode attention over a paged cache.
 #include <algorithm>
+#include <cmath>
 
 #include "api/ops.h"
 
@@ -33,7 +34,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
                                             const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
                                             double attention_factor, const OptionalTensor& q_succ,
                                             const OptionalTensor& q_inter, std::optional<int64_t> chunk_len,
-                                            double softmax_scale, std::optional<int64_t> window) {
+                                            double softmax_scale, const OptionalTensor& scale_factors,
+                                            std::optional<int64_t> window) {
   constexpr const char* kOp = "decode_attention";
   DecodeParams params;
   AttentionShape& shape = params.shape;
@@ -47,7 +49,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
                                            {"k_bias", k_bias},
                                            {"inv_freq", inv_freq},
                                            {"q_succ", q_succ},
-                                           {"q_inter", q_inter}});
+                                           {"q_inter", q_inter},
+                                           {"scale_factors", scale_factors}});
   check_shape(kOp, "q", q, {{"batch"}, {"seqlen_q"}, {"num_heads"}, {"head_dim"}});
   params.dtype = check_attention_dtype(kOp, "q", q, device);
   params.batch = q.size(0);
@@ -120,6 +123,15 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
   }
   params.window = check_window(kOp, window);
   params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
+  if (scale_factors.has_value()) {
+    check_shape(kOp, "scale_factors", *scale_factors, {{"batch", params.batch}});
+    check_dtype(kOp, "scale_factors", *scale_factors, ScalarType::Float);
+    params.scale_factors = static_cast<const float*>(scale_factors->const_data_ptr());
+    for (int64_t b = 0; device.is_host() && b < params.batch; ++b) {
+      check(std::isfinite(params.scale_factors[b]), kOp, "scale_factors must be finite, got ", params.scale_factors[b],
+            " at [", b, "]");
+    }
+  }
 
   Tensor out = empty(q, {params.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q.scalar_type());
   Tensor lse = empty(q, {params.batch, shape.seqlen_q, shape.num_heads}, ScalarType::Float);

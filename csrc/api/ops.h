@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
                                             const OptionalTensor& k_bias, const OptionalTensor& inv_freq,
                                             double attention_factor, const OptionalTensor& q_succ,
                                             const OptionalTensor& q_inter, std::optional<int64_t> chunk_len,
-                                            double softmax_scale, std::optional<int64_t> window);
+                                            double softmax_scale, const OptionalTensor& scale_factors,
+                                            std::optional<int64_t> window);
 
 }  // namespace qwen_sparse::api

@@ -185,6 +185,7 @@ def _decode_attention(
     q_inter: Tensor | None,
     chunk_len: int | None,
     softmax_scale: float,
+    scale_factors: Tensor | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     return _attention_outputs(q)

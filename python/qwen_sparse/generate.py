@@ -1,78 +1,24 @@
-"""Generation: sampling, stop strings, streaming text, and cutting prompts to length."""
+"""Generation: tokens, stop strings, streaming text, and cutting prompts to length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from .decoding import decode
 from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
 from .models.qwen2 import Qwen2Model
 from .prefill import check_request, prefill, token_tensor
+from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Sampler", "StopStrings", "generate", "generate_text", "truncate_prompt"]
+__all__ = ["StopStrings", "generate", "generate_text", "truncate_prompt"]
 
 T = TypeVar("T")
-
-
-@dataclass
-class Sampler:
-    """Chooses the next token: repetition penalty, temperature, top-k, top-p, in this order.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Smallest set of most likely tokens whose probabilities sum to this; 1 for all."""
-    top_k: int = 0
-    """This many most likely tokens; 0 for all."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen before, multiplies negative ones; 1 for none."""
-    seed: int | None = None
-    """Equal seeds give equal tokens; None draws a new one."""
-
-    def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("temperature", self.temperature >= 0, ">= 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, ">= 0"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-        self._generator = torch.Generator()
-        if self.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(self.seed)
-
-    def __call__(self, logits: Tensor, seen: Tensor) -> int:
-        """The next token.
-
-        Args:
-            logits: float32 ``[vocab]``.
-            seen: bool ``[vocab]``, tokens of the prompt and of the output so far.
-        """
-        if self.repetition_penalty != 1:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        if self.temperature == 0:
-            return int(logits.argmax())
-        values, token_ids = torch.sort(logits.double() / self.temperature, descending=True, stable=True)
-        if self.top_k:
-            values, token_ids = values[: self.top_k], token_ids[: self.top_k]
-        weights = torch.softmax(values, dim=-1)
-        before = weights.cumsum(dim=-1) - weights
-        weights = weights.masked_fill(before >= self.top_p, 0.0)
-        return int(token_ids[torch.multinomial(weights, 1, generator=self._generator)])
 
 
 class StopStrings:
@@ -127,6 +73,7 @@ def generate(
     chunk_tokens: int | None = None,
     progress: bool = False,
     tokenizer: Tokenizer | None = None,
+    cuda_graph: bool = True,
 ) -> Iterator[int]:
     """Generate tokens one by one.
 
@@ -141,9 +88,12 @@ def generate(
         stop_token_ids: tokens that end the output and are not yielded; None for the model's EOS tokens, ()
             for none.
         cache: continue this cache. Afterwards it holds the prompt and all yielded tokens but the last, which
-            no later token needed: start the next turn's ``input_ids`` with it.
+            no later token needed: start the next turn's ``input_ids`` with it. So it does between two tokens and
+            when the iterator is left early; it must not be changed before.
         chunk_tokens, progress: see :func:`qwen_sparse.prefill`.
         tokenizer: to match ``stop``; ``model.tokenizer`` when None.
+        cuda_graph: on a GPU, capture the decode step in a CUDA graph and replay it for every token (see
+            docs/cuda-kernels.md); False launches its kernels one by one.
 
     Returns:
         An iterator of token ids. Arguments are checked at once; the prefill runs with the first token.
@@ -151,6 +101,8 @@ def generate(
     Raises:
         ValueError: a bad argument, or prompt and new tokens exceed ``model.max_seq_len``.
         MemoryError: the estimate exceeds the memory that is left.
+        RuntimeError (from the iterator): logits are not finite, the cache was changed between two tokens, or the
+            decode step cannot be captured.
 
     Example:
         >>> list(generate(model, model.tokenizer.encode("1, 2, 3,"), max_new_tokens=8))
@@ -174,19 +126,21 @@ def generate(
     def run() -> Iterator[int]:
         cache.reserve(cache.seqlen + tokens.shape[0] + max_new_tokens)
         logits = prefill(model, tokens, chunk_tokens=chunk_tokens, cache=cache, progress=progress).logits
-        seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        seen[tokens.cpu()] = True
-        for produced in range(1, max_new_tokens + 1):
-            token = sampler(logits.cpu(), seen)
-            if token in ends:
-                return
+        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
+        seen[0, tokens] = True
+        for token in decode(
+            model,
+            cache,
+            logits[None],
+            seen,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            ends=ends,
+            cuda_graph=cuda_graph,
+        ):
             yield token
-            if produced == max_new_tokens or (text is not None and text.ended_by(token)):
+            if text is not None and text.ended_by(token):
                 return
-            seen[token] = True
-            output = model.forward(torch.tensor([token], device=model.device), cache)
-            assert output is not None  # output="last" has logits
-            logits = output
 
     return run()
 
@@ -207,6 +161,7 @@ def generate_text(
     chunk_tokens: int | None = None,
     progress: bool = False,
     tokenizer: Tokenizer | None = None,
+    cuda_graph: bool = True,
 ) -> Iterator[str]:
     """Generate text piece by piece: :func:`generate` for people.
 
@@ -217,7 +172,7 @@ def generate_text(
         prompt: text, or tokens.
         model, max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, stop_token_ids, seed: see
             :func:`generate`.
-        cache, chunk_tokens, progress, tokenizer: see :func:`generate`.
+        cache, chunk_tokens, progress, tokenizer, cuda_graph: see :func:`generate`.
 
     Raises:
         FileNotFoundError: no tokenizer was given and the model has none.
@@ -239,6 +194,7 @@ def generate_text(
         chunk_tokens=chunk_tokens,
         progress=progress,
         tokenizer=tokenizer,
+        cuda_graph=cuda_graph,
     )
     return _stream_text(tokens, StreamDecoder(tokenizer), StopStrings(_stop_strings(stop)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .config import PAGE_SIZE, ModelConfig
 
-__all__ = ["KVRotation", "LayerPages", "PagedKVCache", "resolve_kv_cache_dtype"]
+__all__ = ["KVRotation", "LayerPages", "PagedKVCache", "Slots", "resolve_kv_cache_dtype"]
 
 _GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(1) copies per token
 
@@ -39,6 +39,17 @@ class LayerPages(NamedTuple):
     k_scale: Tensor | None
     """float32 ``[num_pages, 128, num_kv_heads]``; None unless int8."""
     v_scale: Tensor | None
+
+
+class Slots(NamedTuple):
+    """Where the keys and values of a step go, the same in every layer; int64 ``[n]`` each, on the cache's device."""
+
+    positions: Tensor
+    """In the sequence."""
+    rotations: Tensor
+    """The positions that keys are rotated at: those in the chunk under Dual Chunk Attention."""
+    slot_mapping: Tensor
+    """As :func:`qwen_sparse.ops.store_kv` takes it."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,9 @@ def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dty
 class PagedKVCache:
     """Keys and values of one sequence, by layer, in pages of 128 tokens.
 
-    A prefill chunk is written layer by layer with :meth:`append` and becomes part of the sequence with
-    :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in between
-    leaves the cache as it was after the last whole chunk. The pools and ``block_table [1, max_pages]`` have
+    A prefill chunk is written layer by layer with :meth:`append`, at the :meth:`next_slots`, and becomes part of
+    the sequence with :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in
+    between leaves the cache as it was after the last whole chunk. The pools and ``block_table [1, max_pages]`` have
     the shapes that batched decoding needs; this class hands every page to its one sequence.
 
     Args:
@@ -196,45 +207,59 @@ class PagedKVCache:
         self._consecutive = list(pages) == sorted(pages)
 
     @torch.inference_mode()
-    def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> None:
-        """Write the keys and values of one prefill chunk, behind the committed tokens.
+    def next_slots(self, num_tokens: int) -> Slots:
+        """Where the next ``num_tokens`` tokens go, behind the committed ones; makes room for them."""
+        end = self._seqlen + num_tokens
+        if end > self.capacity:
+            self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
+        return self.slots(torch.arange(self._seqlen, end, device=self.device)[None], self.block_table)
+
+    @torch.inference_mode()
+    def slots(self, positions: Tensor, block_table: Tensor) -> Slots:
+        """Where tokens at ``positions`` go. Nothing here waits for the device.
+
+        Args:
+            positions: int64 ``[batch, n]``; within the pages of their sequence.
+            block_table: int32 ``[batch, max_pages]``, page numbers of each sequence in order.
+
+        Returns:
+            Slots of all rows, ``[batch * n]``.
+        """
+        pages = block_table.gather(1, positions // PAGE_SIZE).long()
+        slot_mapping = (pages * PAGE_SIZE + positions % PAGE_SIZE).flatten()
+        positions = positions.flatten()
+        chunk_len = self.rotation.chunk_len if self.rotation else None
+        return Slots(positions, positions if chunk_len is None else positions % chunk_len, slot_mapping)
+
+    @torch.inference_mode()
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> None:
+        """Write the keys and values of one step.
 
         Args:
             layer: layer number.
             k: rotated keys ``[n, num_kv_heads, head_dim]``.
             v: values, shaped like ``k``.
-            start: position of the first token; must equal :attr:`seqlen`.
+            slots: where they go: :meth:`next_slots` for those behind the committed tokens.
 
         Raises:
-            ValueError: a wrong start or shape.
+            ValueError: a wrong shape, or (on the CPU) a slot that does not exist.
         """
         shape = (self.config.num_kv_heads, self.config.head_dim)
-        if start != self._seqlen:
-            raise ValueError(f"append: start must equal seqlen = {self._seqlen}, got {start}")
         if k.shape[1:] != shape or v.shape != k.shape:
             raise ValueError(
                 f"append: k and v must have shape [n, num_kv_heads, head_dim] = [*, {shape[0]}, {shape[1]}], "
                 f"got {list(k.shape)} and {list(v.shape)}"
             )
-        end = start + k.shape[0]
-        if end > self.capacity:
-            self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
-        positions = slot_mapping = torch.arange(start, end, device=self.device)
-        if not self._consecutive:
-            slot_mapping = self.block_table[0, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-        bias = self.bias_arguments(layer)
-        if bias and self.rotation is not None and self.rotation.chunk_len is not None:
-            positions = positions % self.rotation.chunk_len
-        pages = self._layers[layer]
+        bias, pages = self.bias_arguments(layer), self._layers[layer]
         ops.store_kv(
             k,
             v,
             pages.k,
             pages.v,
-            slot_mapping,
+            slots.slot_mapping,
             k_scale=pages.k_scale,
             v_scale=pages.v_scale,
-            positions=positions if bias else None,
+            positions=slots.rotations if bias else None,
             **bias,
         )
 

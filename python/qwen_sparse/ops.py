@@ -428,6 +428,7 @@ def decode_attention(
     q_inter: Tensor | None = None,
     chunk_len: int | None = None,
     softmax_scale: float | None = None,
+    scale_factors: Tensor | None = None,
     window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -445,6 +446,10 @@ def decode_attention(
         q_succ, q_inter: successive- and inter-chunk rotations, shaped like ``q``; with ``chunk_len``.
         chunk_len: DCA chunk length, a multiple of 64.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
+        scale_factors: float32 ``[batch]``, a factor on ``softmax_scale`` by sequence, on the device of ``q``; 1 when
+            None. For what differs in a batch and grows with every token, such as the squared temperature of Dual Chunk
+            Attention (``qwen_sparse.rope.dual_chunk_scale_factors``). Like ``softmax_scale`` it may be zero or negative
+            and must be finite; on a GPU, whose values the host does not read, a sequence with another factor gets NaN.
         window: row p attends keys j > p - window only.
         return_lse: also return the log-sum-exp, ``[batch, seqlen_q, num_heads]``.
 
@@ -452,7 +457,8 @@ def decode_attention(
         ``out`` like ``q``, or ``(out, lse)``.
 
     Raises:
-        ValueError: a shape, dtype or stride rule is broken, or a page number or length is out of range.
+        ValueError: a shape, dtype or stride rule is broken, or (on the CPU) a page number or length is out
+            of range or a scale factor is not finite.
     """
     out, lse = _ops.decode_attention(
         q,
@@ -469,6 +475,7 @@ def decode_attention(
         q_inter,
         chunk_len,
         _scale(softmax_scale, q.shape[-1]),
+        scale_factors,
         window,
     )
     return (out, lse) if return_lse else out

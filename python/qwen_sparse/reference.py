@@ -417,6 +417,7 @@ def decode_attention(
     q_inter: Tensor | None = None,
     chunk_len: int | None = None,
     softmax_scale: float | None = None,
+    scale_factors: Tensor | None = None,
     window: int | None = None,
     return_lse: bool = False,
     compute_dtype: torch.dtype = torch.float64,
@@ -452,7 +453,10 @@ def decode_attention(
         else:
             scores = _scores(q[b].to(compute_dtype), k)
         attended = j <= p if window is None else (j <= p) & (j > p - window)
-        scores = (scores * _scale(softmax_scale, q.shape[3])).masked_fill(~attended, -math.inf)
+        scale = _scale(softmax_scale, q.shape[3])
+        if scale_factors is not None:
+            scale *= float(scale_factors[b])
+        scores = (scores * scale).masked_fill(~attended, -math.inf)
         out, lse = _softmax_times_v(scores, v.to(compute_dtype), q.dtype)
         outs.append(out)
         lses.append(lse)

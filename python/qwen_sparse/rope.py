@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import ModelConfig, RopeConfig
 
-__all__ = ["attention_factor", "dual_chunk_temperature", "inverse_frequencies"]
+__all__ = ["attention_factor", "dual_chunk_scale_factors", "dual_chunk_temperature", "inverse_frequencies"]
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -70,3 +70,17 @@ def dual_chunk_temperature(seqlen: int, original_max_position_embeddings: int) -
     if original_max_position_embeddings <= 0 or seqlen <= original_max_position_embeddings:
         return 1.0
     return 0.1 * math.log(seqlen / original_max_position_embeddings) + 1.0
+
+
+def dual_chunk_scale_factors(seqlens: Tensor, original_max_position_embeddings: int) -> Tensor:
+    """The square of :func:`dual_chunk_temperature` for lengths that only their device knows.
+
+    Args:
+        seqlens: integers ``[batch]``, current lengths in tokens.
+        original_max_position_embeddings: the trained length, > 0.
+
+    Returns:
+        float32 ``[batch]`` on the device of ``seqlens``: computed in float64 and rounded once.
+    """
+    m = 0.1 * torch.log(seqlens.double() / original_max_position_embeddings) + 1.0
+    return m.clamp(min=1.0).square().float()

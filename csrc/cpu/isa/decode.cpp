@@ -259,6 +259,8 @@ class DecodeAttention {
   // Rows of a kv head; they become those from first_m on.
   void stage_queries(const Task& task, int64_t kv_head, int64_t first_m, const Scratch& scratch) const {
     const Rows* rotations[3] = {&p_.q_intra, &p_.q_succ, &p_.q_inter};
+    const float factor = p_.scale_factors == nullptr ? 1.0f : p_.scale_factors[task.batch];
+    const float scale = p_.softmax_scale * factor * kLog2E;  // so that scores are in base 2
     for (int i = 0; i < (p_.chunk_len == 0 ? 1 : 3); ++i) {
       const Queries& queries = scratch.q[i];
       for (int64_t m = 0; m < task.num_rows * plan_.group_size; ++m) {
@@ -266,8 +268,8 @@ class DecodeAttention {
         const int64_t head = kv_head * plan_.group_size + m % plan_.group_size;
         const T* q = static_cast<const T*>(rotations[i]->data) + row * rotations[i]->row_stride +
                      head * rotations[i]->head_stride;
-        float scaled[kHeadDim];  // so that scores are in base 2
-        for (int d = 0; d < kHeadDim; d += kLanes) store(scaled + d, load(q + d) * (p_.softmax_scale * kLog2E));
+        float scaled[kHeadDim];
+        for (int d = 0; d < kHeadDim; d += kLanes) store(scaled + d, load(q + d) * scale);
         if constexpr (kIsInt8) {
           const int64_t at = first_m + m;
           queries.unit[at] = to_fixed_point<kHeadDim>(scaled, queries.high + at * kElems,

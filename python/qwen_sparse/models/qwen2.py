@@ -1,13 +1,14 @@
 """The Qwen2 decoder: weights as plain tensors, and a forward pass for one prefill chunk or decode step.
 
-``Qwen2Model.forward`` takes the next tokens of the one sequence in a cache. Per layer: normalise, project (q,
-k, v fused), rotate, write K and V to the cache, read all keys back, attend, project, and the MLP (gate and up
-fused).
+``Qwen2Model.forward`` takes the next tokens of the one sequence in a cache; ``Qwen2Model.decode_step`` takes one
+token of each sequence of a batch and depends on tensors of the device only, so that a CUDA graph can hold it. Both
+run the same layers: normalise, project (q, k, v fused), rotate, write K and V to the cache, read all keys back,
+attend, project, and the MLP (gate and up fused).
 
 Which attention runs:
 
-- rotations: plain RoPE while the sequence fits the chunk length (Dual Chunk Attention equals it there), else
-  the three rotations of Dual Chunk Attention (arXiv 2402.17463);
+- rotations: plain RoPE in ``forward`` while the sequence fits the chunk length (Dual Chunk Attention equals it
+  there), else the three rotations of Dual Chunk Attention (arXiv 2402.17463);
 - kernel: vertical-slash attention for a sparse prefill (indexes chosen per layer and prefill chunk,
   MInference, arXiv 2407.02490), else dense; up to 16 dense rows read the cache's pages directly, more read
   its workspace.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .. import ops, rope
 from ..config import ModelConfig
-from ..kv_cache import KVRotation, PagedKVCache, resolve_kv_cache_dtype
+from ..kv_cache import KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
 from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
@@ -102,20 +103,23 @@ class _Rotated:
 
 @dataclass(frozen=True)
 class _Step:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares. Rows are those of one sequence after the other's."""
 
     cache: PagedKVCache
-    start: int
-    end: int
-    positions: Tensor
-    """int64 ``[end - start]``."""
+    slots: Slots
+    block_table: Tensor
+    """int32 ``[batch, max_pages]``."""
+    seqlens_k: Tensor
+    """int32 ``[batch]``, this step's tokens included."""
+    dual_chunk: bool
+    """Whether queries take the three rotations of Dual Chunk Attention."""
     scale: float
-    sparse: bool
     stats: ForwardStats
-
-    def causal_pairs(self, rows: int) -> int:
-        """(row, key) pairs with key <= row of the last ``rows`` rows."""
-        return rows * (2 * self.end - rows + 1) // 2
+    scale_factors: Tensor | None = None
+    """float32 ``[batch]``, factors on ``scale``; only where pages are read."""
+    num_keys: int | None = None
+    """``seqlens_k`` of the one sequence; None: the host does not know it, and pages are read."""
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,31 +261,71 @@ class Qwen2Model:
         Returns:
             float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none".
         """
-        stats = ForwardStats(self.device) if stats is None else stats
-        stats.start()
-        num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
+        stats = ForwardStats(self.device, measuring=False) if stats is None else stats
+        num_rows, dual_chunk = input_ids.shape[0], self.config.dual_chunk
         end = cache.seqlen + num_rows
+        slots = cache.next_slots(num_rows)  # may grow the block table
         step = _Step(
             cache=cache,
-            start=cache.seqlen,
-            end=end,
-            positions=torch.arange(cache.seqlen, end, device=self.device),
+            slots=slots,
+            block_table=cache.block_table,
+            seqlens_k=torch.full((1,), end, dtype=torch.int32, device=self.device),
+            dual_chunk=dual_chunk is not None and end > dual_chunk.chunk_len,
             scale=self.softmax_scale(max(prompt_len, end)),
-            sparse=sparse,
             stats=stats,
+            num_keys=end,
+            sparse=sparse,
         )
         # Behind the last layer's keys and values, only rows that logits are wanted of go on.
-        output_rows = {"all": num_rows, "last": 1, "none": 0}[output]
-        hidden = F.embedding(input_ids, self.weights.embedding)
-        for layer in range(last_layer + 1):
-            hidden = self._layer(layer, hidden, output_rows if layer == last_layer else num_rows, step)
+        logits = self._run(input_ids, {"all": num_rows, "last": 1, "none": 0}[output], step)
         cache.commit(num_rows)
         if output == "none":
             return None
+        return logits if output == "all" else logits[0]
+
+    @torch.inference_mode()
+    def decode_step(self, input_ids: Tensor, seqlens: Tensor, cache: PagedKVCache, block_table: Tensor) -> Tensor:
+        """One more token of each sequence of a batch, without the host reading anything from the device.
+
+        All that changes from step to step is in tensors, and shapes are those of the arguments: captured in a CUDA
+        graph, the step can be replayed for as long as the pages last, over chunk borders and beyond the trained
+        length. Keys and values are written to the pages; committing them is left to the caller.
+
+        Args:
+            input_ids: int64 ``[batch]``, on the model's device.
+            seqlens: int64 ``[batch]``, tokens that each sequence has cached, and so the new token's position.
+            cache: the pages.
+            block_table: int32 ``[batch, max_pages]``, the pages of each sequence in order, with room for the new
+                token; ``cache.block_table`` for the one sequence of a cache.
+
+        Returns:
+            float32 logits ``[batch, vocab]``.
+        """
+        dual_chunk = self.config.dual_chunk
+        original = 0 if dual_chunk is None else dual_chunk.original_max_position_embeddings
+        step = _Step(
+            cache=cache,
+            slots=cache.slots(seqlens[:, None], block_table),
+            block_table=block_table,
+            seqlens_k=(seqlens + 1).int(),
+            dual_chunk=dual_chunk is not None,
+            scale=self.config.head_dim**-0.5,
+            stats=ForwardStats(self.device, measuring=False),
+            scale_factors=rope.dual_chunk_scale_factors(seqlens + 1, original) if original > 0 else None,
+        )
+        return self._run(input_ids, input_ids.shape[0], step)
+
+    def _run(self, input_ids: Tensor, output_rows: int, step: _Step) -> Tensor:
+        """All layers; float32 logits ``[output_rows, vocab]`` of the last rows."""
+        num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
+        step.stats.start()
+        hidden = F.embedding(input_ids, self.weights.embedding)
+        for layer in range(last_layer + 1):
+            hidden = self._layer(layer, hidden, output_rows if layer == last_layer else num_rows, step)
         hidden = _rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
         logits = linear(hidden, self.weights.lm_head).float()
-        stats.lap("linear")
-        return logits if output == "all" else logits[0]
+        step.stats.lap("linear")
+        return logits
 
     def _layer(self, layer: int, hidden: Tensor, rows: int, step: _Step) -> Tensor:
         """One decoder layer: all K and V are cached, the last ``rows`` rows are returned."""
@@ -291,7 +335,7 @@ class Qwen2Model:
         q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         rotated, k = self._rotate(q, k, step)
         stats.lap("linear")
-        step.cache.append(layer, k, v, step.start)
+        step.cache.append(layer, k, v, step.slots)
         stats.lap("cache")
         if rows == 0:
             return hidden[:0]
@@ -307,14 +351,14 @@ class Qwen2Model:
 
     def _rotate(self, q: Tensor, k: Tensor, step: _Step) -> tuple[_Rotated, Tensor]:
         """Queries in every rotation that attention needs, and keys."""
-        dual_chunk, sparse = self.config.dual_chunk, self.config.sparse
-        if dual_chunk is None or step.end <= dual_chunk.chunk_len:
-            rotated = ops.rotary(q, k, step.positions, self.inv_freq, attention_factor=self.attention_factor)
+        dual_chunk, sparse, positions = self.config.dual_chunk, self.config.sparse, step.slots.positions
+        if dual_chunk is None or not step.dual_chunk:
+            rotated = ops.rotary(q, k, positions, self.inv_freq, attention_factor=self.attention_factor)
             return _Rotated(rotated[0]), rotated[1]
         rotated = ops.rotary(
             q,
             k,
-            step.positions,
+            positions,
             self.inv_freq,
             attention_factor=self.attention_factor,
             chunk_size=dual_chunk.chunk_size,
@@ -326,27 +370,30 @@ class Qwen2Model:
 
     def _attend(self, layer: int, q: _Rotated, rows: int, step: _Step) -> Tensor:
         """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
-        stats, pairs = step.stats, step.causal_pairs(rows) * self.config.num_heads
+        stats, num_keys = step.stats, step.num_keys
+        if num_keys is None:
+            return self._attend_pages(layer, q, step)
+        pairs = rows * (2 * num_keys - rows + 1) // 2 * self.config.num_heads
         if step.sparse:
-            out, attended = self._attend_sparse(layer, q, rows, step)
+            out, attended = self._attend_sparse(layer, q, rows, num_keys, step)
             stats.count(attended, pairs)
         elif rows <= DECODE_ROWS:
             out = self._attend_pages(layer, q.last(rows), step)
             stats.count(pairs, pairs)
         else:
-            k, v = step.cache.workspace(layer, step.end)
+            k, v = step.cache.workspace(layer, num_keys)
             stats.lap("cache")
             out = _dense(q.last(rows), k, v, step.scale)
             stats.count(pairs, pairs)
         stats.lap("attention")
         return out
 
-    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, step: _Step) -> tuple[Tensor, Tensor]:
+    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, num_keys: int, step: _Step) -> tuple[Tensor, Tensor]:
         """Vertical-slash attention with freshly chosen indexes, and how many pairs each head attended."""
         sparse = self.config.sparse
         if sparse is None:
             raise ValueError("forward: sparse needs budgets, and this model has none")
-        k, v = step.cache.workspace(layer, step.end)
+        k, v = step.cache.workspace(layer, num_keys)
         step.stats.lap("cache")
         vertical, slash = ops.select_vertical_slash(
             q.q,
@@ -371,23 +418,29 @@ class Qwen2Model:
         return out, attended
 
     def _attend_pages(self, layer: int, q: _Rotated, step: _Step) -> Tensor:
-        """Dense attention of a few rows, read from the pages."""
+        """Dense attention of a few rows per sequence, read from the pages."""
         cache, pages = step.cache, step.cache.pages(layer)
+        batch = step.block_table.shape[0]
+
+        def by_sequence(rows: Tensor) -> Tensor:
+            return rows.view(batch, -1, *rows.shape[1:])
+
         out = ops.decode_attention(
-            q.q[None],
+            by_sequence(q.q),
             pages.k,
             pages.v,
-            cache.block_table,
-            torch.full((1,), step.end, dtype=torch.int32, device=self.device),
+            step.block_table,
+            step.seqlens_k,
             k_scale=pages.k_scale,
             v_scale=pages.v_scale,
-            q_succ=None if q.q_succ is None else q.q_succ[None],
-            q_inter=None if q.q_inter is None else q.q_inter[None],
+            q_succ=None if q.q_succ is None else by_sequence(q.q_succ),
+            q_inter=None if q.q_inter is None else by_sequence(q.q_inter),
             chunk_len=q.chunk_len,
             softmax_scale=step.scale,
+            scale_factors=step.scale_factors,
             **cache.bias_arguments(layer),
         )
-        return cast(Tensor, out)[0]
+        return cast(Tensor, out).flatten(0, 1)
 
 
 def _dense(q: _Rotated, k: Tensor, v: Tensor, scale: float) -> Tensor:

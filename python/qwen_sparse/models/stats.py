@@ -31,6 +31,8 @@ class ForwardStats:
     """All causal pairs of the same rows."""
     peak_memory: int = 0
     """Largest resident memory of the process seen at a layer's fullest points, bytes; CPU only."""
+    measuring: bool = True
+    """Whether to count and time at all; a CUDA graph cannot hold it."""
     sampling: bool = False
     """Whether to look at the resident memory at all."""
     _mark: float = field(default=0.0, repr=False)
@@ -39,6 +41,8 @@ class ForwardStats:
 
     def start(self) -> None:
         """Start the clock."""
+        if not self.measuring:
+            return
         if self.device.type == "cuda":
             self._record(None)
         else:
@@ -46,6 +50,8 @@ class ForwardStats:
 
     def lap(self, phase: Phase) -> None:
         """Book the time since the last lap (or start) under ``phase``."""
+        if not self.measuring:
+            return
         if self.device.type == "cuda":
             self._record(phase)
             return
@@ -55,6 +61,8 @@ class ForwardStats:
 
     def count(self, attended: int | Tensor, causal: int) -> None:
         """Add pairs; a tensor of counts on a GPU is read by :meth:`finish`."""
+        if not self.measuring:
+            return
         self.causal_pairs += causal
         if isinstance(attended, Tensor) and attended.is_cuda:
             self._counts.append(attended)
@@ -63,7 +71,7 @@ class ForwardStats:
 
     def sample_memory(self) -> None:
         """Take the resident memory into ``peak_memory``."""
-        if self.sampling and self.device.type == "cpu":
+        if self.measuring and self.sampling and self.device.type == "cpu":
             self.peak_memory = max(self.peak_memory, resident_memory() or 0)
 
     def finish(self) -> None:

@@ -72,6 +72,11 @@ class Cta {
     if (seqlen_k < seqlen_q) seqlen_k = seqlen_q;
     if (seqlen_k > args.capacity) seqlen_k = args.capacity;
     past_ = static_cast<int32_t>(seqlen_k - seqlen_q);
+    scale_ = p_.softmax_scale * cuda::kLog2E;  // so that scores are in base 2
+    if (p_.scale_factors != nullptr) {
+      const float factor = p_.scale_factors[batch_];
+      scale_ *= isfinite(factor) ? factor : NAN;  // an infinite one would look like rows that attend nothing
+    }
 
     // of the tiles that any row of the block attends, an equal part
     const int32_t first_position = position_of(first_row_);
@@ -244,7 +249,6 @@ class Cta {
         for (int i = 0; i < 4; ++i) s[n][i] += bias[n][i];
       }
     }
-    const float scale = p_.softmax_scale * cuda::kLog2E;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -255,7 +259,7 @@ class Cta {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const bool attended = exists && key <= last_key_[half] && key > key_before_[half];
-          s[n][2 * half + e] = attended ? s[n][2 * half + e] * scale : -INFINITY;
+          s[n][2 * half + e] = attended ? s[n][2 * half + e] * scale_ : -INFINITY;
         }
       }
     }
@@ -431,6 +435,7 @@ class Cta {
   int64_t batch_;
   int first_row_, num_rows_;  // of the block
   int32_t past_;              // position of the sequence's first row
+  float scale_;               // of the sequence's scores
   int32_t key_end_;           // no row of the block attends this key or later ones
   int32_t first_tile_, num_tiles_;
   int32_t last_key_[2], key_before_[2];  // rows lane / 4 and lane / 4 + 8 attend key_before < key <= last_key

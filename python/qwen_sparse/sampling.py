@@ -1,0 +1,81 @@
+"""The choice of the next token, on the device that holds the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampler"]
+
+_WHOLE = 2.0**52  # what probabilities, as integers, sum up to
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses the next token: repetition penalty, temperature, top-k, top-p, in this order.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Smallest set of most likely tokens whose probabilities sum to this; 1 for all."""
+    top_k: int = 0
+    """This many most likely tokens; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen before, multiplies negative ones; 1 for none."""
+    seed: int | None = None
+    """Equal seeds give equal tokens on the same device; None draws a new one."""
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    def draws(self, count: int) -> Tensor:
+        """The random numbers of ``count`` tokens: float64 ``[count]`` in [0, 1), on the CPU."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def __call__(self, logits: Tensor, seen: Tensor, draws: Tensor) -> Tensor:
+        """The next token of each sequence of a batch. Nothing here waits for the device.
+
+        Args:
+            logits: float32 ``[batch, vocab]``.
+            seen: bool ``[batch, vocab]``, tokens of the prompt and of the output so far.
+            draws: float64 ``[batch]`` in [0, 1), from :meth:`draws`.
+
+        Returns:
+            int64 ``[batch]``; -1 where the largest logit is not finite.
+        """
+        if self.repetition_penalty != 1:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        chosen = logits.argmax(-1) if self.temperature == 0 else self._draw(logits, draws)
+        return chosen.masked_fill(~logits.amax(-1).isfinite(), -1)  # NaN is larger than any number
+
+    def _draw(self, logits: Tensor, draws: Tensor) -> Tensor:
+        values, token_ids = torch.sort(logits.double() / self.temperature, dim=-1, descending=True, stable=True)
+        if self.top_k:
+            values, token_ids = values[:, : self.top_k], token_ids[:, : self.top_k]
+        # In integers: a GPU adds in no fixed order, and sums of floats would differ from run to run.
+        weights = (torch.softmax(values, dim=-1) * _WHOLE).long()
+        ends = weights.cumsum(-1)
+        kept = ends - weights < self.top_p * ends[:, -1:].double()
+        total = (weights * kept).sum(-1)
+        target = torch.minimum((draws * total).long(), total - 1)
+        index = (ends <= target[:, None]).sum(-1, keepdim=True)
+        return token_ids.gather(1, index.clamp(max=token_ids.shape[1] - 1))[:, 0]  # clamped: of NaN
