@@ -197,13 +197,13 @@ def _contexts(config: ModelConfig) -> list[int]:
 def _memory_table(
     model: str, dtype: str, device: torch.device, rows: Sequence[tuple[int, int, str, MemoryEstimate]]
 ) -> str:
-    header = ("context", "batch", "KV cache", "weights", "KV", "activations", "workspace", "total")
+    header = ("context", "batch", "KV cache", "weights", "KV", "activations", "indexes", "workspace", "total")
     cells = [
         (
             f"{context:,}",
             str(batch),
             kv,
-            *(format_bytes(n) for n in (e.weights, e.kv_cache, e.activations, e.workspace, e.total)),
+            *(format_bytes(n) for n in (e.weights, e.kv_cache, e.activations, e.indexes, e.workspace, e.total)),
         )
         for context, batch, kv, e in rows
     ]
@@ -225,6 +225,7 @@ def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: Memo
         "weights": estimate.weights,
         "kv_cache": estimate.kv_cache,
         "activations": estimate.activations,
+        "indexes": estimate.indexes,
         "workspace": estimate.workspace,
         "total": estimate.total,
     }
