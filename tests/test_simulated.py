@@ -7,6 +7,7 @@ slots full of nonsense, which are not checked on a GPU since that would stop the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import simulated
+from ptxsim import testing
 from ptxsim.fixtures import SCHEDULES
 from qwen_sparse.testing import random_indexes, random_qkv
 
@@ -143,6 +145,26 @@ def test_schedules_change_nothing(name: str, simulated_ops: Any) -> None:
         simulated.options(**schedule)
         for ours, theirs in zip(flat(CALLS[name](simulated_ops)), expected, strict=True):
             assert torch.equal(ours, theirs), schedule
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_device_than_the_current_one(name: str, simulated_ops: Any) -> None:
+    """Kernels go to the tensors' device, whose attributes no earlier call has set; the current one stays."""
+    expected = flat(CALLS[name](simulated_ops))
+    simulated.options(devices=2)
+    before = [testing.launches(device) for device in range(2)]
+    simulated.pose(1)
+    try:
+        results = flat(CALLS[name](simulated_ops))
+    finally:
+        simulated.pose(0)
+    launched = [testing.launches(device) - count for device, count in enumerate(before)]
+    assert launched[0] == 0 < launched[1]
+    current = ctypes.c_int(-1)
+    testing.runtime().cudaGetDevice(ctypes.byref(current))
+    assert current.value == 0
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", UNCHECKED)
