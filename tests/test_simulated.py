@@ -99,9 +99,17 @@ def select(ops: Any) -> Any:
     return ops.select_vertical_slash(q, k, [60, 0, 450, 31], [130, 100, 0, 450], 64, 0.125, q_succ, q_inter, CHUNK_LEN)
 
 
+WIDE = random_qkv(70, 150, 4, 2, 128, torch.bfloat16)
+WIDE_PAGES = [normal(5, 48, 2, 128).bfloat16() for _ in range(2)]
+LENGTH = torch.tensor([200], dtype=torch.int32)
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
+    # with more shared memory than a kernel has unasked
+    "dense, 128 channels": lambda ops: ops.attention(*WIDE, 0.1, True, None),
+    "decode, 128 channels": lambda ops: ops.decode_attention(
+        WIDE[0][None, :2], *WIDE_PAGES, TABLE[:1], LENGTH, None, None, None, None, 1.0, None, None, None, 0.1, None
+    ),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
     "select": select,
     "rotary": rotary,
