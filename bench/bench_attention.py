@@ -12,13 +12,16 @@ All keys are rows (a one-shot causal prefill). With --density the index set has 
 --budgets it is really selected, on random data. "selection + vertical-slash" is the whole of a sparse prefill:
 selection (with budgets as large as the set), the index structure and attention. "x density" is time over density x
 dense time: 1 for a sparse kernel that wastes nothing. FlexAttention runs with a causal and with the same sparse mask.
-Times are printed for outputs that were first compared with the reference on their last rows (of the first kv head's
-query heads, where all would take long). "x SDPA" is over the fastest of torch's own kernels that ran.
+On a GPU where flashinfer is installed, its dense and its block-sparse prefill run too, the latter on all 64 x 64 blocks
+in which the set attends any pair: "density" is what a kernel executes. Times are printed for outputs that were first
+compared with the reference on their last rows (of the first kv head's query heads, where all would take long). "x SDPA"
+is over the fastest of torch's own kernels that ran. The JSON names the kernels that did not run, and why.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,13 +32,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashinfer_peer import block_sparse_prefill, dense_prefill
 from indexes import (
     BLOCK_M,
     add_index_arguments,
+    blocks_density,
     clustered_indexes,
     covered_offsets,
     describe_indexes,
     index_counts,
+    occupied_blocks,
     read_budgets,
 )
 from qwen_sparse import _C, ops, reference
@@ -49,7 +55,9 @@ from report import (
     kernel_sets,
     print_environment,
     print_table,
+    skip,
     time_cells,
+    working,
 )
 
 CHECKED_ROWS = 64
@@ -60,10 +68,14 @@ DENSE_OF = {
     "selection + vertical-slash": "dense",
     "DCA vertical-slash": "DCA dense",
     "FlexAttention vertical-slash": "FlexAttention causal",
+    "flashinfer 64x64 blocks": "flashinfer dense",
 }
 """Every sparse kernel, with the dense one that its "x density" is about."""
 GPU_BACKENDS = {"torch SDPA flash": SDPBackend.FLASH_ATTENTION, "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
-KERNELS = ["torch SDPA", *GPU_BACKENDS, "FlexAttention causal", "dense", "DCA dense", *DENSE_OF]
+KERNELS = [
+    *("torch SDPA", *GPU_BACKENDS, "FlexAttention causal", "flashinfer dense", "dense", "DCA dense"),
+    *DENSE_OF,
+]
 MOST_CHECKED = 2**20
 """Heads x keys up to which every head is compared with the reference."""
 
@@ -122,24 +134,20 @@ class Inputs:
         queries = (self.q, self.q_succ, self.q_inter)
         return cast(Tensor, ops.dual_chunk_attention(*queries, self.k, self.v, chunk_len=self.chunk_len, **sets))
 
+    @functools.cached_property
+    def occupied(self) -> Tensor:
+        """The blocks of 64 x 64 pairs that the sets touch, bool ``[num_heads, blocks, blocks]``."""
+        return occupied_blocks(self.columns, self.slashes, self.q.shape[0]).to(self.q.device)
+
     def kernels(self) -> dict[str, Callable[[], object]]:
-        """Every kernel but FlexAttention, by name."""
+        """Every kernel that is always there, by name."""
         q, k, v = (x.transpose(0, 1)[None] for x in (self.q, self.k, self.v))
 
         def sdpa() -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        def with_backend(backend: SDPBackend) -> Callable[[], Tensor]:
-            def run() -> Tensor:
-                with sdpa_kernel(backend):
-                    return sdpa()
-
-            return run
-
-        backends = GPU_BACKENDS.items() if q.is_cuda else ()
         return {
             "torch SDPA": sdpa,
-            **{name: with_backend(backend) for name, backend in backends},
             "dense": lambda: ops.attention(self.q, self.k, self.v),
             "DCA dense": lambda: self.dual_chunk({}),
             "vertical-slash": lambda: ops.vertical_slash_attention(self.q, self.k, self.v, **self.sets),
@@ -147,38 +155,78 @@ class Inputs:
             "DCA vertical-slash": lambda: self.dual_chunk(self.sets),
         }
 
+    def peers(self) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+        """By name, what makes a kernel that may not be there; results are ``[seqlen, num_heads, head_dim]``."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (self.q, self.k, self.v))
 
-def check(inputs: Inputs, names: list[str], flex: dict[str, Callable[[], Tensor]]) -> None:
-    """Compares the last rows of every kernel that will be timed with the reference.
+        def with_backend(backend: SDPBackend) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+            return run
+
+        flex = functools.cache(lambda: flex_candidates(self))
+        makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+            name: functools.partial(lambda name: flex()[name], name)
+            for name in ("FlexAttention causal", "FlexAttention vertical-slash")
+        }
+        if not q.is_cuda:
+            return makers
+        return {
+            **{name: functools.partial(with_backend, backend) for name, backend in GPU_BACKENDS.items()},
+            **makers,
+            "flashinfer dense": lambda: dense_prefill(self.q, self.k, self.v),
+            "flashinfer 64x64 blocks": lambda: block_sparse_prefill(self.q, self.k, self.v, self.occupied),
+        }
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, occupied: Tensor, compute_dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The reference for the last rows of a block-sparse kernel: causal attention over the occupied blocks of each."""
+    rows, heads = q.shape[:2]
+    seqlen, group = k.shape[0], heads // k.shape[1]
+    out = torch.empty_like(q)
+    for head in range(heads):
+        for block in range((seqlen - rows) // BLOCK_M, -(-seqlen // BLOCK_M)):
+            first, end = max(block * BLOCK_M, seqlen - rows), min((block + 1) * BLOCK_M, seqlen)
+            attended = occupied[head, block].repeat_interleave(BLOCK_M)[:end].nonzero().flatten()
+            chosen = [x[attended, head // group, None] for x in (k, v)]
+            where = slice(first - seqlen + rows, end - seqlen + rows)
+            out[where, head, None] = cast(
+                Tensor, reference.attention(q[where, head, None], *chosen, compute_dtype=compute_dtype)
+            )
+    return out
+
+
+def check(inputs: Inputs, name: str, peers: dict[str, Callable[[], Tensor]]) -> None:
+    """Compares the last rows of a kernel that will be timed with the reference.
 
     Raises:
         AssertionError: an error is more than twice that of plain PyTorch in the same dtype.
     """
+    if name == "torch SDPA":
+        return  # what it computes is not ours to check
     dtype, (seqlen, heads) = inputs.q.dtype, inputs.q.shape[:2]
     kv_heads = inputs.k.shape[1]
     if seqlen * heads > MOST_CHECKED:
         heads, kv_heads = heads // kv_heads, 1
     k, v = (x[:, :kv_heads].cpu() for x in (inputs.k, inputs.v))
     q, q_succ, q_inter = (x[-CHECKED_ROWS:, :heads].cpu() for x in (inputs.q, inputs.q_succ, inputs.q_inter))
-    checked_sets = {name: indexes[:heads].cpu() for name, indexes in inputs.sets.items()}
-
-    def compare(actual: object, function: Callable[..., Any], queries: list[Tensor], **options: Any) -> None:
-        tensors = [*queries, k, v]
-        exact = function(*(x.double() for x in tensors), **options)
-        plain = function(*tensors, **options, compute_dtype=dtype)
-        assert_close_to_reference(cast(Tensor, actual)[-CHECKED_ROWS:, :heads].cpu(), exact, plain)
-
-    for name in names:
-        sets = inputs.sets if name in DENSE_OF else {}
-        if name.startswith("DCA"):
-            queries, options = [q, q_succ, q_inter], {"chunk_len": inputs.chunk_len, **(checked_sets if sets else {})}
-            compare(inputs.dual_chunk(sets), reference.dual_chunk_attention, queries, **options)
-        elif name.startswith("torch SDPA"):
-            continue  # what it computes is not ours to check
-        else:
-            out = flex[name]()[0].transpose(0, 1) if name in flex else inputs.kernels()[name]()
-            function = reference.vertical_slash_attention if sets else reference.attention
-            compare(out, function, [q], **(checked_sets if sets else {}))
+    sets = inputs.sets if name in DENSE_OF else {}
+    options: dict[str, Any] = {key: indexes[:heads].cpu() for key, indexes in sets.items()}
+    function: Callable[..., Any] = reference.vertical_slash_attention if sets else reference.attention
+    queries = [q]
+    if name.startswith("DCA"):
+        queries, function = [q, q_succ, q_inter], reference.dual_chunk_attention
+        options["chunk_len"] = inputs.chunk_len
+    elif name == "flashinfer 64x64 blocks":
+        function, options = block_attention, {"occupied": inputs.occupied[:heads].cpu()}
+    actual = cast(Tensor, peers[name]() if name in peers else inputs.kernels()[name]())
+    exact = function(*(x.double() for x in (*queries, k, v)), **options)
+    plain = function(*queries, k, v, **options, compute_dtype=dtype)
+    assert_close_to_reference(actual[-CHECKED_ROWS:, :heads].cpu(), exact, plain)
 
 
 def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -191,18 +239,16 @@ def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     seqlen, heads = inputs.q.shape[:2]
     blocks = -(-seqlen // FLEX_BLOCK)
     is_column, is_covered = torch.zeros(heads, seqlen, dtype=torch.bool), []
-    occupied = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
-    starts, keys = torch.arange(0, seqlen, BLOCK_M)[:, None], torch.arange(seqlen)
     for head in range(heads):
         is_column[head, inputs.columns[head][inputs.columns[head] >= 0].long().cpu()] = True
         slashes = np.zeros(seqlen, dtype=bool)
         slashes[inputs.slashes[head][inputs.slashes[head] >= 0].cpu().numpy()] = True
-        covered = torch.from_numpy(covered_offsets(slashes))
-        is_covered.append(covered)
-        attended = is_column[head] | covered[(starts - keys + BLOCK_M - 1).clamp(min=0)]
-        rows, columns = torch.nonzero(attended & (keys < starts + BLOCK_M), as_tuple=True)
-        occupied[head, rows * BLOCK_M // FLEX_BLOCK, columns // FLEX_BLOCK] = True
-    offsets, is_column, occupied = (x.to(q.device) for x in (torch.stack(is_covered), is_column, occupied))
+        is_covered.append(torch.from_numpy(covered_offsets(slashes)))
+    offsets, is_column = torch.stack(is_covered).to(q.device), is_column.to(q.device)
+    per_side = FLEX_BLOCK // BLOCK_M
+    padding = blocks * per_side - inputs.occupied.shape[1]
+    occupied = F.pad(inputs.occupied, (0, padding, 0, padding)).view(heads, blocks, per_side, blocks, per_side)
+    occupied = occupied.any(dim=4).any(dim=2)
 
     def causal(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return key <= row
@@ -217,7 +263,7 @@ def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         block_mask = BlockMask.from_kv_blocks(
             counts, order, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=(seqlen, seqlen)
         )
-        return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+        return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)[0].transpose(0, 1)
 
     triangle = torch.ones(blocks, blocks, dtype=torch.bool, device=q.device).tril().expand(heads, -1, -1)
     return {
@@ -226,45 +272,27 @@ def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def runs(name: str, candidate: Callable[[], object]) -> bool:
-    """Whether torch has this kernel for these inputs; a line says why not."""
-    try:
-        with torch.inference_mode():
-            candidate()
-        return True
-    except RuntimeError as error:
-        print(f"{name}: not measured: {str(error).strip().splitlines()[0]}")
-        return False
-
-
-def working_flex(inputs: Inputs, names: list[str]) -> dict[str, Callable[[], Tensor]]:
-    """Those of the asked FlexAttention kernels that compile and run here; a line says why others do not."""
-    asked = [name for name in names if name.startswith("FlexAttention")]
-    working = {}
-    for name, run in (flex_candidates(inputs) if asked else {}).items():
-        if name in asked:
-            try:
-                with torch.inference_mode():
-                    run()
-                working[name] = run
-            except Exception as error:  # inductor and the C++ compiler fail in many ways
-                print(f"{name}: not measured: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    return working
-
-
-def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int, dtype: str) -> list[dict[str, Any]]:
+def measure(
+    arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int, dtype: str, skipped: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """One row per kernel for one shape, with the CPU kernels of one instruction set."""
     choose_kernels(isa)
     inputs = Inputs.make(arguments, seqlen, head_dim, DTYPES[dtype])
-    flex = working_flex(inputs, arguments.kernels)
-    candidates: dict[str, Callable[[], object]] = {**inputs.kernels(), **flex}
-    for name in GPU_BACKENDS:
-        if name in candidates and not runs(name, candidates[name]):
-            del candidates[name]
+    asked = {name: make for name, make in inputs.peers().items() if name in arguments.kernels}
+    peers = working(asked, skipped, seqlen=seqlen, head_dim=head_dim, dtype=dtype)
+    candidates: dict[str, Callable[[], object]] = {**inputs.kernels(), **peers}
     candidates = {name: candidates[name] for name in arguments.kernels if name in candidates}
-    if arguments.check:
-        check(inputs, list(candidates), flex)
-    density = inputs.density()
+    for name in list(candidates) if arguments.check else ():
+        try:
+            check(inputs, name, peers)
+        except AssertionError as error:
+            if name not in peers:
+                raise
+            del candidates[name]
+            skip(name, error, skipped, seqlen=seqlen, head_dim=head_dim, dtype=dtype)
+    densities = dict.fromkeys(DENSE_OF, inputs.density())
+    if "flashinfer 64x64 blocks" in candidates:
+        densities["flashinfer 64x64 blocks"] = blocks_density(inputs.occupied, seqlen)
     with torch.inference_mode():
         timings = interleaved(candidates, repeats=arguments.repeats, device=arguments.device)
     ours = [name for name in timings if not name.startswith("torch SDPA")]
@@ -272,7 +300,7 @@ def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int,
     dense_flop = 2 * seqlen * (seqlen + 1) * head_dim * arguments.num_heads
     rows = []
     for name, timing in timings.items():
-        share = density if name in DENSE_OF else 1.0
+        share = densities.get(name, 1.0)
         dense = timings.get(DENSE_OF.get(name, ""))
         rows.append(
             {
@@ -286,7 +314,7 @@ def measure(arguments: argparse.Namespace, isa: str, seqlen: int, head_dim: int,
                 "executed_gflops": share * dense_flop / timing.median / 1e9,
                 "dense_equivalent_gflops": dense_flop / timing.median / 1e9,
                 "speedup_over_sdpa": None if fastest is None else fastest / timing.median,
-                "time_over_density_times_dense": None if dense is None else timing.median / (density * dense.median),
+                "time_over_density_times_dense": None if dense is None else timing.median / (share * dense.median),
             }
         )
     return rows
@@ -304,7 +332,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         [
             [
                 row["kernel"],
-                "" if row["kernel"].startswith(("torch", "Flex")) else row["isa"],
+                "" if row["kernel"].startswith(("torch", "Flex", "flashinfer")) else row["isa"],
                 f"{row['seqlen']:,}",
                 str(row["head_dim"]),
                 row["dtype"],
@@ -356,16 +384,17 @@ def main() -> None:
 
     print_environment()
     print(describe_indexes(arguments))
+    skipped: list[dict[str, Any]] = []
     rows = [
         row
         for head_dim in arguments.head_dims
         for dtype in arguments.dtypes
         for seqlen in arguments.seqlens
         for isa in kernel_sets(arguments)
-        for row in measure(arguments, isa, seqlen, head_dim, dtype)
+        for row in measure(arguments, isa, seqlen, head_dim, dtype, skipped)
     ]
     print_rows(rows)
-    finish("attention", arguments, rows)
+    finish("attention", arguments, rows, skipped)
 
 
 if __name__ == "__main__":

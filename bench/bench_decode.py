@@ -5,7 +5,8 @@
 
 One query row reads every key and value, so memory bandwidth is the bound. GB/s counts the bytes of the pages that must
 be read, scales included. "copy" is torch's ``copy_`` between two large tensors, bytes read plus bytes written; torch
-SDPA reads a contiguous bfloat16 cache of the same shape. Each kernel goes round enough separate caches, as a model goes
+SDPA reads a contiguous bfloat16 cache of the same shape, and on a GPU where flashinfer is installed, it reads the same
+bfloat16 pages. Each kernel goes round enough separate caches, as a model goes
 round its layers, that ``--footprint-mib`` are touched before one is read again: more than the last-level cache holds.
 All are timed in turns. No time is printed for an output that was not first compared with the reference.
 """
@@ -13,6 +14,7 @@ All are timed in turns. No time is printed for an output that was not first comp
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashinfer_peer import paged_decode
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import assert_close_to_reference, interleaved
-from report import add_device_argument, add_output_argument, choose_kernels, finish, kernel_sets, print_table
+from report import add_device_argument, add_output_argument, choose_kernels, finish, kernel_sets, print_table, working
 
 PAGE_SIZE = 128
 CHUNK_LEN = 32768 - 8192
@@ -88,11 +91,16 @@ def decode_input(shape: Shape, keys: int, dtype: str, variant: str, generator: t
     return Input((queries[0], *caches, table, torch.tensor([keys], dtype=torch.int32)), kwargs)
 
 
-def check(step: Input, device: torch.device) -> None:
+def compare(step: Input, actual: Tensor) -> None:
+    """A result of the step with the reference.
+
+    Raises:
+        AssertionError: an error is more than twice that of plain PyTorch in the same dtype.
+    """
     exact = [x.double() if x.is_floating_point() else x for x in step.args]
     wide = {name: x.double() if name in ("q_succ", "q_inter") else x for name, x in step.kwargs.items()}
     assert_close_to_reference(
-        step.copy(device).run().cpu(),
+        actual.cpu(),
         cast(Tensor, reference.decode_attention(*exact, **wide)),
         cast(Tensor, reference.decode_attention(*step.args, compute_dtype=torch.bfloat16, **step.kwargs)),
     )
@@ -117,7 +125,26 @@ def sdpa_steps(
     return [step(kv.clone()) for _ in range(layers)]
 
 
-def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) -> list[dict[str, Any]]:
+def flashinfer_steps(
+    step: Input, shape: Shape, layers: int, device: torch.device, *, checked: bool
+) -> Callable[[], object]:
+    """flashinfer on copies of a step's bfloat16 pages, in turns."""
+    table, seqlens = step.args[3:]
+    last_page_len = int(seqlens[0]) - (table.shape[1] - 1) * PAGE_SIZE
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    decode = paged_decode(table.to(device), last_page_len, PAGE_SIZE, *heads)
+
+    def one() -> Callable[[], Tensor]:
+        return functools.partial(decode, *step.copy(device).args[:3])
+
+    if checked:
+        compare(step, one()())
+    return in_turn([one() for _ in range(layers)])
+
+
+def measure(
+    arguments: argparse.Namespace, isa: str, shape: Shape, keys: int, skipped: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """One row per kernel for one shape, with the CPU kernels of one instruction set."""
     choose_kernels(isa)
     device = arguments.device
@@ -134,8 +161,15 @@ def measure(arguments: argparse.Namespace, isa: str, shape: Shape, keys: int) ->
         sizes[name] = page_bytes(shape, keys, dtype)
         step = decode_input(shape, keys, dtype, KERNELS[name], generator)
         if arguments.check:
-            check(step, device)
+            compare(step, step.copy(device).run())
         candidates[name] = in_turn([step.copy(device).run for _ in range(-(-footprint // sizes[name]))])
+    if device.type == "cuda":
+        size = page_bytes(shape, keys, "bf16")
+        step = decode_input(shape, keys, "bf16", "plain", generator)
+        make = functools.partial(flashinfer_steps, step, shape, -(-footprint // size), device, checked=arguments.check)
+        found = working({"flashinfer bf16": make}, skipped, shape=str(shape), keys=keys)
+        candidates |= found
+        sizes |= dict.fromkeys(found, size)
     timings = interleaved(candidates, repeats=arguments.repeats, warmup=2, device=device)
     rows = []
     for name, timing in timings.items():
@@ -177,12 +211,13 @@ def main() -> None:
     add_output_argument(parser)
     arguments = parser.parse_args()
 
+    skipped: list[dict[str, Any]] = []
     rows = [
         row
         for shape in arguments.shapes
         for keys in arguments.keys
         for isa in kernel_sets(arguments)
-        for row in measure(arguments, isa, shape, keys)
+        for row in measure(arguments, isa, shape, keys, skipped)
     ]
     is_ours = [row["kernel"] in KERNELS for row in rows]
     print_table(
@@ -202,7 +237,7 @@ def main() -> None:
         ],
     )
     arguments.shapes = [str(shape) for shape in arguments.shapes]
-    finish("decode", arguments, rows)
+    finish("decode", arguments, rows, skipped)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from qwen_sparse.demo import DEPTHS, MODES, TRAINED_LENGTH, accuracy, accuracy_grid, load_passkey_model
-from report import add_output_argument, finish, print_table
+from report import add_device_argument, add_output_argument, finish, print_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grass": {},
@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="prompts per length and depth")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add_device_argument(parser)
     add_output_argument(parser)
     arguments = parser.parse_args()
 
-    model = load_passkey_model(arguments.dtype)
+    model = load_passkey_model(arguments.dtype, arguments.device)
     rows = []
     variants = list(VARIANTS) if "all" in arguments.variants else arguments.variants
     cells = [

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, in one command: builds the package, runs the tests marked cuda, looks for bad accesses and
-# races in small cases, and measures. Results go to $OUT: one JSON per benchmark, tests.xml, and suite.log with all output.
+# All that needs an NVIDIA GPU, in one command: builds the package, checks the machine code of the kernels, runs the tests
+# marked cuda, looks for bad accesses and races in small cases, and measures. Results go to $OUT: one JSON per benchmark, tests.xml, and suite.log with all output.
 #
 #     OUT=bench/results/h200 bench/gpu_suite.sh                # all steps
 #     OUT=... bench/gpu_suite.sh build bench_decode            # some of them
@@ -13,9 +13,10 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu-suite/results}
 SITE=$PWD/build/gpu-suite/site
-STEPS=(build run_tests check_memory bench_attention bench_selection bench_decode bench_prefill)
+STEPS=(build check_sass run_tests check_memory bench_attention bench_flex bench_selection bench_decode bench_prefill)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
-mkdir -p "$OUT"
+declare -A SECONDS_OF=([bench_flex]=100)  # compiling may take much longer than measuring
+mkdir -p "$OUT" build/gpu-suite
 : > "$OUT/suite.log"
 export PYTHONPATH=$SITE:tests:bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
@@ -23,9 +24,17 @@ if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; 
   exit 1
 fi
 
+# -v: with the compilers' output, which check_sass reads. Rebuilds compile a part, so the log grows.
 build() {
-  QWEN_SPARSE_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
-    --config-settings=build-dir=build/gpu-suite/cmake
+  QWEN_SPARSE_CUDA=1 "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
+    --config-settings=build-dir=build/gpu-suite/cmake 2>&1 | tee -a build/gpu-suite/build.log
+  return "${PIPESTATUS[0]}"
+}
+
+# What the machine code must and must not have; $CUOBJDUMP names the program where it is not on the path.
+check_sass() {
+  "$PYTHON" bench/check_sass.py "$SITE"/qwen_sparse/_C*.so --build-log build/gpu-suite/build.log \
+    --cuobjdump "${CUOBJDUMP:-cuobjdump}"
 }
 
 run_tests() { "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests.xml" tests; }
@@ -42,6 +51,13 @@ check_memory() {
 bench_attention() {
   "$PYTHON" bench/bench_attention.py --device cuda --num-heads 16 --num-kv-heads 4 --seqlens 4096 16384 32768 131072 \
     --dtypes bfloat16 --density 0.08 --no-flex --output "$OUT/attention.json"
+}
+
+# FlexAttention compiles two kernels for a shape, so it gets one shape and a time limit of its own.
+bench_flex() {
+  "$PYTHON" bench/bench_attention.py --device cuda --num-heads 16 --num-kv-heads 4 --seqlens 16384 --head-dims 128 \
+    --dtypes bfloat16 --density 0.08 --kernels "torch SDPA" "FlexAttention causal" "FlexAttention vertical-slash" dense \
+    vertical-slash --output "$OUT/attention_flex.json"
 }
 
 bench_selection() {
@@ -65,7 +81,7 @@ failed=()
 for step in "${@:-${STEPS[@]}}"; do
   echo "== $step"
   begin=$SECONDS
-  timeout "$SECONDS_PER_STEP" bash -c "$step" > >(tee -a "$OUT/suite.log" | cut -c1-300 | tail -n 40) 2>&1 || failed+=("$step")
+  timeout "${SECONDS_OF[$step]:-$SECONDS_PER_STEP}" bash -c "$step" > >(tee -a "$OUT/suite.log" | cut -c1-300 | tail -n 40) 2>&1 || failed+=("$step")
   wait
   echo "-- $step: $((SECONDS - begin)) s"
 done

@@ -89,6 +89,34 @@ def clustered_indexes(
     return padded([columns for columns, _ in heads]), padded([slashes for _, slashes in heads])
 
 
+def occupied_blocks(columns: Tensor, slashes: Tensor, seqlen: int) -> Tensor:
+    """Blocks of 64 rows x 64 keys, bool ``[num_heads, blocks, blocks]``, in which index sets attend any pair.
+
+    What a kernel that knows whole blocks alone has to attend. ``seqlen`` keys, and as many rows.
+    """
+    blocks = -(-seqlen // BLOCK_M)
+    rows, keys = torch.arange(blocks)[:, None], torch.arange(blocks)
+    occupied = []
+    for head_columns, head_slashes in zip(columns.cpu().long(), slashes.cpu().long(), strict=True):
+        has_column, has_slash = (torch.zeros(blocks + 1, dtype=torch.bool) for _ in range(2))
+        has_column[head_columns[head_columns >= 0] // BLOCK_M] = True
+        distances = head_slashes[head_slashes >= 0]
+        # 64 keys that start anywhere lie in two blocks.
+        has_slash[distances // BLOCK_M] = True
+        has_slash[-(-distances // BLOCK_M)] = True
+        occupied.append((has_column[keys] | has_slash[(rows - keys).clamp(min=0)]) & (keys <= rows))
+    return torch.stack(occupied)
+
+
+def blocks_density(occupied: Tensor, seqlen: int) -> float:
+    """Causal pairs in the occupied blocks over all causal pairs."""
+    starts = torch.arange(0, seqlen, BLOCK_M)
+    sizes = (seqlen - starts).clamp(max=BLOCK_M).double()
+    pairs = sizes[:, None] * sizes
+    pairs.diagonal().copy_(sizes * (sizes + 1) / 2)
+    return float((occupied.cpu() * pairs).sum()) / (len(occupied) * seqlen * (seqlen + 1) / 2)
+
+
 def index_counts(indexes: Tensor) -> list[int]:
     """How many indexes every head has: the sizes to ask selection for, so that it does the same amount of work."""
     return [int(count) for count in (indexes >= 0).sum(dim=1)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -76,8 +76,46 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def finish(benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the JSON line and write it to ``--output``."""
+Runnable = TypeVar("Runnable", bound=Callable[[], object])
+
+
+def working(
+    makers: Mapping[str, Callable[[], Runnable]], skipped: list[dict[str, Any]], **shape: object
+) -> dict[str, Runnable]:
+    """Those of a benchmark's peers that are there and run here.
+
+    Args:
+        makers: by kernel, what gives the callable that will be timed; it is called once.
+        skipped: a row is added for each of the others, with the reason. A line says so too.
+        shape: columns of the added rows.
+    """
+    found = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            with torch.inference_mode():
+                run()
+            found[name] = run
+        except Exception as error:  # packages are absent, compilers fail, memory ends, in as many ways
+            skip(name, error, skipped, **shape)
+    return found
+
+
+def skip(name: str, error: Exception, skipped: list[dict[str, Any]], **shape: object) -> None:
+    """Says that a peer is not measured, and adds a row about it."""
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    print(f"{name}: not measured: {reason}")
+    skipped.append({"kernel": name, **shape, "reason": reason})
+
+
+def finish(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    not_measured: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Print the JSON line and write it to ``--output``; ``not_measured`` is what :func:`working` left out."""
     options = {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
     record = {
         "benchmark": benchmark,
@@ -85,6 +123,7 @@ def finish(benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[st
         "environment": environment(),
         "options": options,
         "rows": list(rows),
+        "not_measured": list(not_measured),
     }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,25 @@ import pytest
 import torch
 
 from conftest import TINY, budgets
+from qwen_sparse import reference
 from qwen_sparse.reference import vertical_slash_mask
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
-from indexes import BAND, SINKS, clustered_indexes, index_counts, read_budgets  # noqa: E402
+import flashinfer_peer  # noqa: E402
+from bench_attention import block_attention  # noqa: E402
+from indexes import (  # noqa: E402
+    BAND,
+    SINKS,
+    blocks_density,
+    clustered_indexes,
+    index_counts,
+    occupied_blocks,
+    read_budgets,
+)
 from plot import spread  # noqa: E402
+from report import working  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
@@ -43,10 +56,144 @@ def test_attention(tmp_path: Path) -> None:
     rows = {row["kernel"]: row for row in record["rows"]}
     sparse = {"vertical-slash", "selection + vertical-slash", "DCA vertical-slash"}
     assert set(rows) == {"torch SDPA", "dense", "DCA dense"} | sparse
+    assert record["not_measured"] == []
     for name, row in rows.items():
         assert row["seconds"]["p10"] <= row["seconds"]["median"] <= row["seconds"]["p90"]
         assert (row["density"] < 1) == (name in sparse)
         assert (row["time_over_density_times_dense"] is not None) == (name in sparse)
+
+
+@pytest.mark.parametrize("seqlen", [256, 300, 449])
+def test_occupied_blocks(seqlen: int) -> None:
+    """Every block with an attended pair, and no other."""
+    sets = clustered_indexes(3, seqlen, 0.3, seed=1)
+    sets[1][0, BAND - 20 :] = -1  # distances that end inside of a block
+    attended = vertical_slash_mask(*sets, seqlen, seqlen)
+    padding = -seqlen % 64
+    by_block = torch.nn.functional.pad(attended, (0, padding, 0, padding)).unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
+    occupied = occupied_blocks(*sets, seqlen)
+    assert torch.equal(occupied, by_block.any(dim=4).any(dim=2))
+    whole = pairs_in(occupied, seqlen)
+    assert blocks_density(occupied, seqlen) == pytest.approx(float(whole.sum()) / (3 * seqlen * (seqlen + 1) / 2))
+
+
+def pairs_in(occupied: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """The causal pairs of occupied blocks, ``[heads, seqlen, seqlen]``."""
+    return occupied.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :seqlen, :seqlen].tril()
+
+
+class FlashinferStub(types.ModuleType):
+    """What flashinfer's documentation says that the functions and classes take and compute, for CPU tensors."""
+
+    class VariableBlockSparseAttentionWrapper:
+        def __init__(self, workspace: torch.Tensor) -> None:
+            assert workspace.dtype == torch.uint8
+
+        def plan(
+            self,
+            block_mask_map: torch.Tensor,  # [num_kv_heads, row blocks, column blocks]
+            block_row_sz: torch.Tensor,  # [num_kv_heads, row blocks]
+            block_col_sz: torch.Tensor,
+            num_qo_heads: int,
+            num_kv_heads: int,
+            head_dim: int,
+            causal: bool,
+            q_data_type: torch.dtype,
+        ) -> None:
+            assert block_mask_map.dtype == torch.bool
+            assert block_mask_map.shape == (num_kv_heads, block_row_sz.shape[1], block_col_sz.shape[1])
+            assert block_row_sz.dtype == block_col_sz.dtype == torch.int32
+            self.blocks = (block_mask_map, block_row_sz.tolist(), block_col_sz.tolist())
+            self.heads, self.causal, self.dtype = (num_qo_heads, num_kv_heads, head_dim), causal, q_data_type
+
+        def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            """Every tensor ``[heads, length, head_dim]``; the blocks of a row of blocks are one short sequence."""
+            assert (q.shape[0], k.shape[0], q.shape[2]) == self.heads
+            assert q.dtype == self.dtype
+            mask, row_sizes, column_sizes = self.blocks
+            out = torch.empty_like(q)
+            for head in range(q.shape[0]):
+                kv_head = head // (q.shape[0] // k.shape[0])
+                rows, columns = (x[head].split(sizes[kv_head]) for x, sizes in ((out, row_sizes), (q, row_sizes)))
+                keys, values = (x[kv_head].split(column_sizes[kv_head]) for x in (k, v))
+                for block, (target, queries) in enumerate(zip(rows, columns, strict=True)):
+                    chosen = mask[kv_head, block].nonzero().flatten().tolist()
+                    k_row, v_row = (torch.cat([x[i] for i in chosen])[:, None] for x in (keys, values))
+                    target.copy_(reference.attention(queries[:, None], k_row, v_row, causal=self.causal)[:, 0])
+            return out
+
+    class BatchDecodeWithPagedKVCacheWrapper:
+        def __init__(self, workspace: torch.Tensor, kv_layout: str, use_tensor_cores: bool) -> None:
+            assert (workspace.dtype, kv_layout) == (torch.uint8, "NHD")
+
+        def plan(
+            self,
+            indptr: torch.Tensor,
+            indices: torch.Tensor,
+            last_page_len: torch.Tensor,
+            num_qo_heads: int,
+            num_kv_heads: int,
+            head_dim: int,
+            page_size: int,
+            q_data_type: torch.dtype,
+            kv_data_type: torch.dtype,
+        ) -> None:
+            assert {x.dtype for x in (indptr, indices, last_page_len)} == {torch.int32}
+            assert indptr.tolist() == [0, len(indices)]
+            self.pages = indices.long()
+            self.seqlen = (len(indices) - 1) * page_size + int(last_page_len)
+            self.shapes = ((1, num_qo_heads, head_dim), (page_size, num_kv_heads, head_dim))
+            self.dtypes = {q_data_type, kv_data_type}
+
+        def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            assert q.shape == self.shapes[0]
+            assert all(x.shape[1:] == self.shapes[1] for x in kv)
+            assert {x.dtype for x in (q, *kv)} == self.dtypes
+            k, v = (x[self.pages].flatten(0, 1)[: self.seqlen] for x in kv)
+            return reference.attention(q, k, v)
+
+    @staticmethod
+    def single_prefill_with_kv_cache(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
+    ) -> torch.Tensor:
+        return reference.attention(q, k, v, causal=causal)
+
+
+def test_flashinfer_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", FlashinferStub("flashinfer"))
+    monkeypatch.setattr(flashinfer_peer, "WORKSPACE_BYTES", 8)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 64, generator=generator, dtype=torch.double) for heads in (4, 2, 2))
+    torch.testing.assert_close(flashinfer_peer.dense_prefill(q, k, v)(), reference.attention(q, k, v))
+    occupied = (torch.rand(4, 5, 5, generator=generator) < 0.4).tril() | torch.eye(5, dtype=torch.bool)
+    out = flashinfer_peer.block_sparse_prefill(q, k, v, occupied)()
+    attended = pairs_in(occupied, 300).transpose(0, 1)
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = torch.einsum("phd,jhd->phj", q, keys) / 8
+    weights = scores.masked_fill(~attended, -torch.inf).softmax(-1)
+    torch.testing.assert_close(out, torch.einsum("phj,jhd->phd", weights, values))
+    torch.testing.assert_close(block_attention(q[-64:], k, v, occupied=occupied), out[-64:])
+
+    q, k, v = (torch.randn(*shape, 64, generator=generator).bfloat16() for shape in ((1, 1, 4), (5, 16, 2), (5, 16, 2)))
+    table, seqlens = torch.tensor([[3, 0, 4]], dtype=torch.int32), torch.tensor([39], dtype=torch.int32)
+    decode = flashinfer_peer.paged_decode(table, 39 - 32, 16, 4, 2, 64)
+    torch.testing.assert_close(decode(q, k, v), reference.decode_attention(q, k, v, table, seqlens))
+
+
+def test_absent_peers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+
+    def broken() -> None:
+        raise RuntimeError("no kernel\nfor this shape")
+
+    q = torch.randn(3, 1, 64)
+    skipped: list[dict[str, Any]] = []
+    makers = {"a": lambda: flashinfer_peer.dense_prefill(q, q, q), "b": lambda: broken, "c": lambda: lambda: None}
+    assert list(working(makers, skipped, seqlen=3)) == ["c"]
+    assert [(row["kernel"], row["seqlen"]) for row in skipped] == [("a", 3), ("b", 3)]
+    assert "flashinfer" in skipped[0]["reason"]
+    assert skipped[1]["reason"] == "RuntimeError: no kernel"
+    assert capsys.readouterr().out.count("not measured") == 2
 
 
 def test_prefill_and_its_plot(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import qwen_sparse
 from conftest import DUAL_CHUNK, WriteCheckpoint
@@ -100,6 +101,8 @@ def test_chat(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "x", "--system", "y"], "--system goes with --chat"),
         (["--prompt", "x", "--chat"], "this tokenizer has no chat template"),
         (["--prompt", "x", "--dtype", "int4"], "dtype must be one of bfloat16, float16, float32, got 'int4'"),
+        (["--prompt", "x", "--device", "mps"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'mps'"),
+        (["--prompt", "x", "--device", "cuda:99"], "got 'cuda:99'"),
         (["--prompt", "x", "--threads", "0"], "--threads must be >= 1, got 0"),
         (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--prompt", "x", "--truncate", "tail"], "--truncate needs --max-seq-len"),
@@ -160,6 +163,24 @@ def test_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [record["kv_cache_dtype"] for record in records] == ["bfloat16", "int8"] * 4
 
 
+def test_memory_on_a_gpu_needs_none(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def activations(*options: str) -> int:
+        arguments = ["memory", "--model", checkpoint, "--context", "100000", "--dtype", "bfloat16", *options]
+        code, out, _ = run(capsys, *arguments)
+        assert code == 0
+        assert out.startswith(f"{checkpoint} on {options[-1]}, weights and activations in bfloat16")
+        return int(json.loads(out.splitlines()[-1])[0]["activations"])
+
+    config = qwen_sparse.config.ModelConfig.from_directory(checkpoint)
+    for device in ("cpu", "cuda:98"):
+        expected = qwen_sparse.estimate_memory(config, 100_000, dtype=torch.bfloat16, device=device)
+        assert activations("--device", device) == expected.activations
+    assert activations("--device", "cuda:98") > activations("--device", "cpu")  # of larger prefill chunks
+    code, _, err = run(capsys, "memory", "--model", checkpoint, "--device", "cuda", "--dtype", "float32")
+    assert code == 2
+    assert err == "qwen-sparse memory: dtype must be 'bfloat16' or 'float16' on a GPU, got 'float32'\n"
+
+
 def test_memory_defaults_to_what_the_model_is_for(
     write_checkpoint: WriteCheckpoint, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +204,13 @@ def test_demo_is_dispatched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setitem(sys.modules, "qwen_sparse.demo", demo)
     monkeypatch.setattr(qwen_sparse, "demo", demo, raising=False)
     assert main(["demo", "--lengths", "7"]) == 7
+
+
+def test_device_of_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, "demo", "--device", "cuda:99", "--dtype", "bfloat16", "--output", tmp_path / "demo")
+    assert (code, out) == (2, "")
+    assert "got 'cuda:99'" in err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_as_a_command() -> None:

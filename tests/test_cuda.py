@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from conftest import DUAL_CHUNK, GPU_KERNELS, MovedOps, WriteCheckpoint
 from qwen_sparse import generate, load_model, ops, prefill
 from qwen_sparse.models import qwen2
 from qwen_sparse.testing import reference_error
+from test_simulated import CALLS
 
 TOKENS = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(0))
 
@@ -204,6 +207,76 @@ def test_arguments_on_different_devices(device: str) -> None:
         ops.attention(q, q.cpu(), q)
     with pytest.raises(ValueError, match="q must have dtype bfloat16 or float16 on a GPU, got float32"):
         ops.attention(q.float(), q.float(), q.float())
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    """Skips where there are not two equal ones: the division of decode's work, and so its bits, follow the model."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
+        pytest.skip("the first two CUDA devices are not equal")
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", CALLS)
+def test_ops_on_another_device_than_the_current_one(name: str) -> None:
+    """Every op on the second GPU while the first is current, and on both in turns; nothing is left on the first."""
+    results = []
+    with torch.cuda.device(0):
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            torch.cuda.synchronize(0)
+            torch.cuda.reset_peak_memory_stats(0)
+            held = torch.cuda.memory_allocated(0)
+            moved = MovedOps(torch.ops.qwen_sparse, torch.device(device))
+            result = CALLS[name](moved)
+            results.append([result] if isinstance(result, Tensor) else list(result))
+            assert torch.cuda.current_device() == 0
+            if device == "cuda:1":
+                assert torch.cuda.max_memory_allocated(0) == held
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+def test_models_on_two_devices(write_checkpoint: WriteCheckpoint) -> None:
+    """One on each, in turns, while the first is current; caches grow on their own device."""
+    path = write_checkpoint(sparse=(40, 120), dual_chunk_attention_config=DUAL_CHUNK)
+    options = {"dtype": "bfloat16", "attention": "sparse", "kv_cache_dtype": "int8"}
+    with torch.cuda.device(0):
+        held = torch.cuda.memory_allocated(0)
+        torch.cuda.reset_peak_memory_stats(0)
+        alone = last_logits(path, "cuda:1", **options)
+        assert torch.cuda.max_memory_allocated(0) == held
+        models = [load_model(path, device=device, **options) for device in ("cuda:0", "cuda:1")]
+        caches = [prefill(model, TOKENS[:-1], chunk_tokens=192).cache for model in models]
+        for model, cache in zip(models, caches, strict=True):
+            logits = prefill(model, TOKENS[-1:], cache=cache).logits
+            assert logits.device == model.device
+            assert torch.equal(logits.cpu(), alone)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+def test_no_context_on_other_devices() -> None:
+    """A process that uses the second GPU takes no memory of the first, not even for a context."""
+    code = """
+import os, subprocess, torch
+from qwen_sparse import ops
+q = torch.randn(64, 2, 64, dtype=torch.bfloat16, device="cuda:1")
+ops.attention(q, q, q)
+torch.cuda.synchronize(1)
+query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
+lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+print(len([line for line in lines if line.split(",")[0].strip() == str(os.getpid())]))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    if output == "0":
+        pytest.skip("nvidia-smi does not see this process (another PID namespace)")
+    assert output == "1"
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])

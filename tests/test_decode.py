@@ -69,6 +69,7 @@ CASES = [
     Case("more_rows_than_a_task", (300,), seqlen_q=30, num_heads=8, num_kv_heads=1),
     Case("gqa_7", (500,), num_heads=7, num_kv_heads=1, head_dim=128),
     Case("one_key", (1,)),
+    Case("one_key_each", (1,) * 8, head_dim=128),
     Case("all_rows_are_all_keys", (6,), seqlen_q=6),
     Case("window", (700, 90), seqlen_q=3, window=100),
     Case("dual_chunk", (1000, 385, 192), dual_chunk=True),
@@ -93,7 +94,9 @@ def test_decode(case: Case, dtype: torch.dtype, cache: str, kernels: str) -> Non
     }
     exact, exact_lse = reference.decode_attention(*wide_args, return_lse=True, **wide_kwargs)
     assert out.dtype == dtype
-    assert_close_to_reference(out, exact, rounded, floor=5e-6)
+    # Of an int8 cache, 16-bit kernels round the result alone.
+    factor = 1.02 if cache == "int8" and dtype != torch.float32 else 2.0
+    assert_close_to_reference(out, exact, rounded, floor=5e-6, factor=factor)
     assert_close_to_reference(lse, exact_lse, rounded_lse, floor=5e-5)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,11 @@ import pytest
 import torch
 
 import qwen_sparse.memory as memory
-from conftest import DUAL_CHUNK, TINY, WriteCheckpoint
-from qwen_sparse import PagedKVCache, estimate_memory, load_model
+from conftest import DUAL_CHUNK, GPU_KERNELS, TINY, WriteCheckpoint
+from qwen_sparse import PagedKVCache, estimate_memory, load_model, ops
 from qwen_sparse.config import ModelConfig
-from qwen_sparse.memory import available_memory, format_bytes, peak_resident_memory, resident_memory
+from qwen_sparse.loader import load_config
+from qwen_sparse.memory import available_memory, format_bytes, index_bytes, peak_resident_memory, resident_memory
 from qwen_sparse.models import linear
 from qwen_sparse.models.qwen2 import Qwen2Model
 from test_config import QWEN25_7B_1M
@@ -47,7 +52,7 @@ def test_million_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wide.kv_cache == pytest.approx(57.3e9, rel=2e-3)
     assert int8.kv_cache == pytest.approx(57.3e9 * (1 + 4 / 128) / 2, rel=2e-3)
     assert 1 - wide.activations / one_shot.activations == pytest.approx(0.967, abs=1e-3)
-    assert wide.total == wide.weights + wide.kv_cache + wide.activations + wide.workspace
+    assert wide.total == wide.weights + wide.kv_cache + wide.activations + wide.indexes + wide.workspace
     assert str(wide).startswith("76.0 GB (weights 15.2 GB, KV cache 57.3 GB, activations 3.42 GB, ")
 
 
@@ -57,6 +62,18 @@ def test_batch_multiplies_the_cache_only() -> None:
     assert (many.weights, many.activations, many.workspace) == (one.weights, one.activations, one.workspace)
 
 
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had given out at once during ``run``, on top of those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
 def measured_peak(model: Qwen2Model, n: int, chunk_tokens: int, cache: PagedKVCache) -> int:
     """Most bytes that a prefill of n tokens held at once on top of weights and cache, by the allocator's records."""
     ids = torch.randint(TINY["vocab_size"], (n,), generator=torch.Generator().manual_seed(0))
@@ -64,15 +81,12 @@ def measured_peak(model: Qwen2Model, n: int, chunk_tokens: int, cache: PagedKVCa
     model.forward(ids[:chunk_tokens], cache, sparse=model.prefills_sparse(total))  # constants that stay
     cache.truncate(start)
     cache.release_workspace()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def run() -> None:
         for row in range(0, n, chunk_tokens):
             model.forward(ids[row : row + chunk_tokens], cache, sparse=model.prefills_sparse(total), prompt_len=total)
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+
+    return allocated_peak(run)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
@@ -95,7 +109,7 @@ def test_prefill_stays_within_the_estimate(
     )
     estimate = estimate_memory(model.config, 4096, kv_cache_dtype=kv_cache_dtype, chunk_tokens=2048)
     peak = measured_peak(model, 4096, 2048, model.new_cache(4096))
-    expected = estimate.activations + estimate.workspace
+    expected = estimate.activations + estimate.indexes + estimate.workspace
     assert 0.6 * expected < peak < 1.1 * expected
 
 
@@ -120,8 +134,91 @@ def test_selection_scores_are_in_the_estimate(write_checkpoint: WriteCheckpoint)
     cache = model.new_cache(2**15)
     cache.commit(2**15 - 256)  # as if so many tokens had been prefilled
     peak = measured_peak(model, 256, 128, cache)
-    assert estimate.workspace == 8 * 4 * 2**15 > estimate.activations
-    assert 0.8 * (estimate.activations + estimate.workspace) < peak < 1.1 * (estimate.activations + estimate.workspace)
+    assert estimate.workspace == 0
+    assert estimate.indexes > 8 * 4 * 2**15 > estimate.activations
+    expected = (
+        estimate.activations + estimate.indexes - 8 * 2**15 * torch.get_num_threads()
+    )  # not torch's: for the top-k
+    assert 0.8 * expected < peak < 1.1 * expected
+
+
+INDEX_CASES = {"selection": (9000, 20, 30), "attention": (700, 600, 300)}
+"""Keys, columns and distances; named after the step that takes more."""
+
+
+def index_run(namespace: Any, device: str, seqlen: int, vertical: int, slash: int) -> Callable[[], object]:
+    """Selection and attention of 4 heads for the last 64 rows, in bfloat16."""
+    q = torch.zeros(64, 4, 64, device=device, dtype=torch.bfloat16)  # scores are equal, so the top-k goes through all
+    k, v = (torch.randn(seqlen, 2, 64, device=device).bfloat16() for _ in range(2))
+
+    def run() -> object:
+        indexes = namespace.select_vertical_slash(q, k, [vertical] * 4, [slash] * 4, 64, 0.125, None, None, None)
+        return namespace.vertical_slash_attention(q, k, v, *indexes, 0.125)
+
+    return run
+
+
+@pytest.mark.parametrize("case", INDEX_CASES)
+@pytest.mark.parametrize("kernels", GPU_KERNELS, indirect=True)
+def test_indexes_on_a_gpu_are_exact(case: str, kernels: str) -> None:
+    """Every byte that the ops allocate, but for roundings and attention's results, which activations hold."""
+    seqlen, vertical, slash = INDEX_CASES[case]
+    device, namespace = ("cuda", torch.ops.qwen_sparse) if kernels == "cuda" else ("cpu", ops._ops.namespace)
+    run = index_run(namespace, device, seqlen, vertical, slash)
+    if kernels == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = allocated_peak(run)
+    expected = index_bytes(4, 64, seqlen, vertical, slash, 2, on_gpu=True)
+    results = 64 * 4 * (64 * 2 + 4) + 8 * 4 if case == "attention" else 0
+    assert expected <= peak - results <= expected + 16 * 512
+
+
+RESIDENT_GROWTH = """
+from pathlib import Path
+import torch
+from test_memory import index_run
+
+def high_water():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+torch.set_num_threads(2)
+run = index_run(torch.ops.qwen_sparse, "cpu", {case})
+run()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = high_water()
+run()
+print(high_water() - before)
+"""
+
+
+@pytest.mark.parametrize("case", [(2**20, 100, 100), (2**16, 60_000, 1000)], ids=list(INDEX_CASES))
+def test_indexes_on_a_cpu(case: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are allocated outside of torch: measured by resident memory, in a process that returns what it frees."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not reset a process's peak of resident memory")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    code = RESIDENT_GROWTH.format(case=", ".join(map(str, case)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = index_bytes(4, 64, *case, 2, on_gpu=False)
+    assert expected > 50_000_000
+    assert int(output.stdout) == pytest.approx(expected, rel=0.03)
+
+
+def test_indexes_of_the_widest_layer(write_checkpoint: WriteCheckpoint) -> None:
+    config = load_config(write_checkpoint(sparse=(64, 200)))
+    layers = ((64, 64), (50, 3000)), ((200, 200), (100, 4000))  # columns and distances of two layers' heads
+    assert config.sparse is not None
+    sparse = replace(config.sparse, vertical_sizes=layers[0], slash_sizes=layers[1])
+    for device, on_gpu in (("cpu", False), ("cuda", True)):
+        estimate = estimate_memory(replace(config, sparse=sparse), 4096, device=device)
+        assert estimate.indexes == index_bytes(2, 64, 4096, 3000, 4000, 4, on_gpu=on_gpu)
+        assert estimate_memory(replace(config, sparse=None), 4096, device=device).indexes == 0
 
 
 def test_rules() -> None:

@@ -7,6 +7,7 @@ slots full of nonsense, which are not checked on a GPU since that would stop the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import simulated
+from ptxsim import testing
 from ptxsim.fixtures import SCHEDULES
 from qwen_sparse.testing import random_indexes, random_qkv
 
@@ -98,10 +100,18 @@ def select(ops: Any) -> Any:
     return ops.select_vertical_slash(q, k, [60, 0, 450, 31], [130, 100, 0, 450], 64, 0.125, q_succ, q_inter, CHUNK_LEN)
 
 
+WIDE = random_qkv(70, 150, 4, 2, 128, torch.bfloat16)
+WIDE_PAGES = [normal(5, 48, 2, 128).bfloat16() for _ in range(2)]
+LENGTH = torch.tensor([200], dtype=torch.int32)
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
     "dense dual-chunk": lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, 0.125),
+    # with more shared memory than a kernel has unasked
+    "dense, 128 channels": lambda ops: ops.attention(*WIDE, 0.1, True, None),
+    "decode, 128 channels": lambda ops: ops.decode_attention(
+        WIDE[0][None, :2], *WIDE_PAGES, TABLE[:1], LENGTH, None, None, None, None, 1.0, None, None, None, 0.1, None
+    ),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
     # Slashes that cover the columns for every other block: of two blocks that share tiles, only one attends most.
     "sparse by turns": attention(
@@ -151,6 +161,26 @@ def test_schedules_change_nothing(name: str, simulated_ops: Any) -> None:
         simulated.options(**schedule)
         for ours, theirs in zip(flat(CALLS[name](simulated_ops)), expected, strict=True):
             assert torch.equal(ours, theirs), schedule
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_device_than_the_current_one(name: str, simulated_ops: Any) -> None:
+    """Kernels go to the tensors' device, whose attributes no earlier call has set; the current one stays."""
+    expected = flat(CALLS[name](simulated_ops))
+    simulated.options(devices=2)
+    before = [testing.launches(device) for device in range(2)]
+    simulated.pose(1)
+    try:
+        results = flat(CALLS[name](simulated_ops))
+    finally:
+        simulated.pose(0)
+    launched = [testing.launches(device) - count for device, count in enumerate(before)]
+    assert launched[0] == 0 < launched[1]
+    current = ctypes.c_int(-1)
+    testing.runtime().cudaGetDevice(ctypes.byref(current))
+    assert current.value == 0
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", UNCHECKED)

@@ -46,7 +46,7 @@ Device check_device(const char* op, std::initializer_list<NamedTensor> tensors) 
   check(cuda::backend() != nullptr, op, first.name, " must be on the CPU, since this build of qwen_sparse has no CUDA ",
         "kernels (build with nvcc on the PATH; QWEN_SPARSE_CUDA=1 insists on it), got ", name_of(*first.tensor));
   const int index = first.tensor->get_device();
-  return Device(*cuda::backend(), {index, current_cuda_stream(index)}, false);
+  return Device(*cuda::backend(), {index, current_cuda_stream(index)}, false, Device::Guard(index));
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

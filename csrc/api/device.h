@@ -1,10 +1,12 @@
 // The device of an op's arguments, and memory on it.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "backend.h"
 
@@ -24,8 +26,10 @@ struct NamedTensor {
 
 class Device {
  public:
-  Device(const Backend& backend, Launch launch, bool is_host)
-      : backend_(&backend), launch_(launch), is_host_(is_host) {}
+  using Guard = torch::stable::accelerator::DeviceGuard;
+
+  Device(const Backend& backend, Launch launch, bool is_host, std::optional<Guard> guard = std::nullopt)
+      : backend_(&backend), launch_(launch), is_host_(is_host), guard_(std::move(guard)) {}
 
   const Backend& backend() const { return *backend_; }
   Launch launch() const { return launch_; }
@@ -37,6 +41,9 @@ class Device {
   const Backend* backend_;
   Launch launch_;
   bool is_host_;
+  // Makes a GPU current while this object lives. Kernels guard themselves too, by the CUDA runtime alone; to make the
+  // device before current again it would set up a context there (hundreds of megabytes) where there was none.
+  std::optional<Guard> guard_;
 };
 
 // The one device that all tensors given are on. Throws std::invalid_argument when there are several, or when this build

@@ -14,7 +14,7 @@ import torch
 
 from .config import ModelConfig, parse_dtype
 from .generate import generate_text, truncate_prompt
-from .loader import load_config, load_model
+from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
 from .models.qwen2 import Qwen2Model
 
@@ -76,6 +76,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     attention = engine.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
     attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    _add_device(engine)
     engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
     engine.add_argument("--max-seq-len", type=int, help="most tokens, prompt and output together")
@@ -83,6 +84,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--threads", type=int, help="CPU threads")
     engine.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="prefill bar (default: on a terminal)"
+    )
+
+
+def _add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one and the dtype has 16 bits",
     )
 
 
@@ -96,6 +105,7 @@ def _run_generate(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     model = load_model(
         args.model,
+        device=args.device,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         max_seq_len=args.max_seq_len,
@@ -148,6 +158,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory (config.json is enough) or hub id")
     parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences in the cache (1)")
+    _add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
 
@@ -156,19 +167,22 @@ def _run_memory(args: argparse.Namespace) -> int:
     config = load_config(args.model)
     dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
     config = replace(config, dtype=dtype)
+    device = resolve_device(args.device, dtype, must_exist=False)  # for a machine that is still to be bought, too
     wide = str(dtype).removeprefix("torch.")
     rows = [
         (
             context,
             batch,
             name,
-            estimate_memory(config, context, batch=batch, kv_cache_dtype=kv, chunk_tokens=args.chunk_tokens),
+            estimate_memory(
+                config, context, batch=batch, kv_cache_dtype=kv, chunk_tokens=args.chunk_tokens, device=device
+            ),
         )
         for context in args.context or _contexts(config)
         for batch in args.batch
         for kv, name in (("auto", wide), ("int8", "int8"))
     ]
-    print(_memory_table(args.model, wide, rows))
+    print(_memory_table(args.model, wide, device, rows))
     print(json.dumps([_memory_record(*row) for row in rows]))
     return 0
 
@@ -180,14 +194,16 @@ def _contexts(config: ModelConfig) -> list[int]:
     return [*contexts, longest]
 
 
-def _memory_table(model: str, dtype: str, rows: Sequence[tuple[int, int, str, MemoryEstimate]]) -> str:
-    header = ("context", "batch", "KV cache", "weights", "KV", "activations", "workspace", "total")
+def _memory_table(
+    model: str, dtype: str, device: torch.device, rows: Sequence[tuple[int, int, str, MemoryEstimate]]
+) -> str:
+    header = ("context", "batch", "KV cache", "weights", "KV", "activations", "indexes", "workspace", "total")
     cells = [
         (
             f"{context:,}",
             str(batch),
             kv,
-            *(format_bytes(n) for n in (e.weights, e.kv_cache, e.activations, e.workspace, e.total)),
+            *(format_bytes(n) for n in (e.weights, e.kv_cache, e.activations, e.indexes, e.workspace, e.total)),
         )
         for context, batch, kv, e in rows
     ]
@@ -195,9 +211,10 @@ def _memory_table(model: str, dtype: str, rows: Sequence[tuple[int, int, str, Me
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *cells)
     ]
-    available = available_memory()
+    absent = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    available = None if absent else available_memory(device)
     note = "" if available is None else f"; {format_bytes(available)} available here"
-    return "\n".join((f"{model}, weights and activations in {dtype}{note}", *lines))
+    return "\n".join((f"{model} on {device}, weights and activations in {dtype}{note}", *lines))
 
 
 def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: MemoryEstimate) -> dict[str, int | str]:
@@ -208,6 +225,7 @@ def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: Memo
         "weights": estimate.weights,
         "kv_cache": estimate.kv_cache,
         "activations": estimate.activations,
+        "indexes": estimate.indexes,
         "workspace": estimate.workspace,
         "total": estimate.total,
     }

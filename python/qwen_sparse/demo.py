@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from . import _C
@@ -69,9 +70,9 @@ class Retrieval:
         return self.answer == self.key
 
 
-def load_passkey_model(dtype: str = "float32") -> Qwen2Model:
-    """The model that ships with the package."""
-    return load_model(str(files("qwen_sparse") / "assets" / "passkey"), dtype=dtype)
+def load_passkey_model(dtype: str = "float32", device: str | torch.device = "auto") -> Qwen2Model:
+    """The model that ships with the package; arguments as of :func:`~qwen_sparse.load_model`."""
+    return load_model(str(files("qwen_sparse") / "assets" / "passkey"), dtype=dtype, device=device)
 
 
 def with_mode(model: Qwen2Model, mode: str) -> Qwen2Model:
@@ -174,6 +175,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and activations"
     )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N; GPUs (auto: if there is one) want --dtype bfloat16"
+    )
     parser.add_argument("--no-grid", action="store_true", help="leave out the heat map")
 
 
@@ -182,13 +186,14 @@ def run(args: argparse.Namespace) -> int:
     if args.length < 1 or args.samples < 1:
         raise ValueError(f"--length and --samples must be >= 1, got {args.length} and {args.samples}")
     begin = time.perf_counter()
-    model = load_passkey_model(args.dtype)
+    model = load_passkey_model(args.dtype, args.device)
+    kernels = _C.cpu_features()["isa"] if model.device.type == "cpu" else str(model.device)
     args.output.mkdir(parents=True, exist_ok=True)
     prompt = make_prompt(args.length * TRAINED_LENGTH, 0.4, seed=args.seed)
     print(
         f"A model of {model.weights.nbytes // model.dtype.itemsize:,} parameters, trained on {TRAINED_LENGTH} bytes, "
         f"reads {len(prompt.text):,} bytes ({args.length}x). The pass key in there is "
-        f"{prompt.key}. Kernels: {_C.cpu_features()['isa']}, {args.dtype}.\n"
+        f"{prompt.key}. Kernels: {kernels}, {args.dtype}.\n"
     )
     long_runs = _long_table(model, prompt)
     grids: dict[str, list[Retrieval]] = {}
@@ -202,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         plot_grids(grids, heat_map)
         print(f"heat map: {heat_map}")
     record = {
-        "machine": machine(),
+        "machine": machine(model.device),
         "dtype": args.dtype,
         "long": [asdict(result) for result in long_runs],
         "grid": {mode: [asdict(result) for result in results] for mode, results in grids.items()},

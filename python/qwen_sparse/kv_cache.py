@@ -121,8 +121,8 @@ class PagedKVCache:
         if self.is_int8 and rotation is None:
             raise ValueError("PagedKVCache: rotation must be given for kv_cache_dtype 'int8', got None")
         self.rotation = rotation
-        self.device = torch.device(device)
-        self.block_table = torch.empty(1, 0, dtype=torch.int32, device=self.device)
+        self.block_table = torch.empty(1, 0, dtype=torch.int32, device=device)
+        self.device = self.block_table.device  # with an index: growing must not follow the current CUDA device
         self._consecutive = True
         self._seqlen = 0
         self._layers = [self._empty_pages(0) for _ in range(config.num_layers)]

@@ -19,7 +19,7 @@ from . import _C
 from .config import ModelConfig, parse_dtype, read_json
 from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights
 
-__all__ = ["load_config", "load_model", "resolve_directory"]
+__all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 _NAMES_SHOWN = 20
@@ -60,9 +60,7 @@ def load_model(
     directory = resolve_directory(path)
     config = ModelConfig.from_directory(directory)
     resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
-    resolved_device = _resolve_device(device, resolved_dtype)
-    if resolved_device.type == "cuda" and resolved_dtype == torch.float32:
-        raise ValueError("dtype must be 'bfloat16' or 'float16' on a GPU, got 'float32'")
+    resolved_device = resolve_device(device, resolved_dtype)
     if max_seq_len is None and config.dual_chunk is None:
         max_seq_len = config.max_position_embeddings
     model = Qwen2Model(  # no weights yet: every argument is checked before they are read
@@ -115,7 +113,17 @@ def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) 
         raise FileNotFoundError(f"no model directory at {path}, and the hub did not give it: {reason}") from error
 
 
-def _resolve_device(device: str | torch.device, dtype: torch.dtype) -> torch.device:
+def resolve_device(device: str | torch.device, dtype: torch.dtype, *, must_exist: bool = True) -> torch.device:
+    """The device that :func:`load_model` takes for its argument ``device``, for weights of ``dtype``.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the weights.
+        must_exist: whether this machine and this build must have the device; for plans they need not.
+
+    Raises:
+        ValueError: another name, no such device, one that is too old, or float32 on a GPU.
+    """
     built = bool(_C.build_info()["cuda_archs"])
     if device == "auto":
         device = "cuda" if built and dtype != torch.float32 and torch.cuda.is_available() else "cpu"
@@ -124,6 +132,13 @@ def _resolve_device(device: str | torch.device, dtype: torch.dtype) -> torch.dev
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
+    resolved = _existing_gpu(name, built) if must_exist else torch.device(name)
+    if dtype == torch.float32:
+        raise ValueError("dtype must be 'bfloat16' or 'float16' on a GPU, got 'float32'")
+    return resolved
+
+
+def _existing_gpu(name: str, built: bool) -> torch.device:
     if not built:
         raise ValueError(f"device must be 'auto' or 'cpu': this build has no CUDA kernels, got {name!r}")
     if not torch.cuda.is_available():

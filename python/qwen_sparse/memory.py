@@ -19,6 +19,7 @@ __all__ = [
     "default_chunk_tokens",
     "estimate_memory",
     "format_bytes",
+    "index_bytes",
     "kv_cache_bytes",
     "peak_resident_memory",
     "resident_memory",
@@ -43,12 +44,13 @@ class MemoryEstimate:
     weights: int
     kv_cache: int
     activations: int
+    indexes: int
     workspace: int
 
     @property
     def total(self) -> int:
-        """Sum of the four."""
-        return self.weights + self.kv_cache + self.activations + self.workspace
+        """Sum of the five."""
+        return self.weights + self.kv_cache + self.activations + self.indexes + self.workspace
 
     def __str__(self) -> str:
         parts = ", ".join(
@@ -57,6 +59,7 @@ class MemoryEstimate:
                 ("weights", "weights"),
                 ("KV cache", "kv_cache"),
                 ("activations", "activations"),
+                ("indexes", "indexes"),
                 ("workspace", "workspace"),
             )
         )
@@ -103,10 +106,15 @@ def estimate_memory(
       output H D b and LSE 4 H; and H D b + (2 I + E) b for the fused gate and up projections and the MLP's
       output. The logits of one row, 4 x vocabulary, come on top. Kernel scratch (a tile per thread) is left
       out.
-    - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; models with
-      sparse budgets: the selection's scores, 8 H n; CPUs that multiply 16-bit matrices in float32: the MLP's
-      activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and results, at most 48 MB; I is
-      then not in the activations. Otherwise 0.
+    - **indexes**: models with sparse budgets, for V columns and S distances per head in the layer that takes
+      most: the lists, 4 H (V + S), and the larger of what chooses them and what attention makes of them.
+      Choosing: the scores, 8 H n; partial sums of splits of the keys, on a CPU 768 H (n / 4096 + 1), on a GPU
+      256 H (2 n / 2048 + 1); for the top-k on a CPU 8 n per thread, on a GPU (24600 + 8 n / 16384) H. Attention:
+      the columns' keys and values, 2 H V D b, a bit per key and head, and the slash runs, 16 H S at most (8 H S
+      on a GPU).
+    - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; CPUs that multiply 16-bit
+      matrices in float32: the MLP's activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and
+      results, at most 48 MB; I is then not in the activations. Otherwise 0.
 
     Args:
         config: the model.
@@ -136,16 +144,56 @@ def estimate_memory(
     workspace = 0
     if storage_dtype == torch.int8:
         workspace += 2 * seqlen * kv_heads * head_dim * item
-    if config.sparse is not None:
-        workspace += 8 * heads * seqlen
     if wide:
         workspace += widened_bytes(rows, config.hidden_size, config.intermediate_size)
     return MemoryEstimate(
         weights=weight_elements(config) * item,
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
         activations=rows * row + 4 * config.vocab_size,
+        indexes=_most_index_bytes(
+            config, seqlen, item, on_gpu=device is not None and torch.device(device).type == "cuda"
+        ),
         workspace=workspace,
     )
+
+
+def _most_index_bytes(config: ModelConfig, seqlen: int, item: int, *, on_gpu: bool) -> int:
+    if config.sparse is None:
+        return 0
+    budgets = zip(config.sparse.vertical_sizes, config.sparse.slash_sizes, strict=True)
+    return max(
+        index_bytes(config.num_heads, config.head_dim, seqlen, max(vertical), max(slash), item, on_gpu=on_gpu)
+        for vertical, slash in budgets
+    )
+
+
+def index_bytes(heads: int, head_dim: int, seqlen: int, vertical: int, slash: int, item: int, *, on_gpu: bool) -> int:
+    """Most memory that choosing and using one layer's index sets takes at once, queries and results aside.
+
+    What the kernels ask for: ``select_workspace``, ``top_indexes_workspace`` and ``attention_workspace`` of the
+    backends in csrc, and on a CPU what ``HeadIndexes`` and ``top_indexes`` allocate themselves.
+
+    Args:
+        heads: query heads.
+        head_dim: channels per head.
+        seqlen: keys.
+        vertical: columns of the head that has most.
+        slash: distances of the head that has most.
+        item: bytes per element of keys and values.
+        on_gpu: whether the CUDA kernels run.
+    """
+    vertical, slash = min(vertical, seqlen), min(slash, seqlen)
+    scores, last_q = 8 * heads * seqlen, 64
+    columns = 2 * vertical * head_dim * item
+    if on_gpu:
+        partials = 4 * heads * last_q * (2 * -(-seqlen // 2048) + 1)
+        top_k = min(heads, 256) * (3 * 2048 * 4 + 3 * 8 + 8 * -(-seqlen // 16384))
+        head = columns + 8 * slash + 8 + 4 * -(-(seqlen + 64) // 32)
+    else:
+        partials = 4 * heads * 3 * last_q * (-(-seqlen // 4096) + 1)
+        top_k = 8 * seqlen * min(heads, torch.get_num_threads())
+        head = columns + 16 * slash + 8 * -(-(seqlen + 64) // 64)
+    return 4 * heads * (vertical + slash) + max(scores + partials + top_k, heads * head)
 
 
 def available_memory(device: torch.device | None = None) -> int | None:

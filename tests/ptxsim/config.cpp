@@ -32,6 +32,8 @@ static bool set_option(Config& c, const std::string& k, const std::string& v) {
     c.arch = n;
   else if (k == "SMS")
     c.sms = n;
+  else if (k == "DEVICES" && n >= 1 && n <= kMaxDevices)
+    c.devices = n;
   else if (k == "VERBOSE")
     c.verbose = n;
   else
@@ -42,7 +44,7 @@ Config& config() {
   static Config c = [] {
     Config c;
     for (const char* k : {"SEED", "SCHED", "ASYNC", "PREEMPT", "UNINIT", "RACE", "PROXY", "GLOBAL", "CTA_ORDER",
-                          "THREADS", "ARCH", "SMS", "VERBOSE"})
+                          "THREADS", "ARCH", "SMS", "DEVICES", "VERBOSE"})
       if (const char* v = getenv((std::string("PTXSIM_") + k).c_str())) set_option(c, k, v);
     return c;
   }();

@@ -12,6 +12,7 @@
 namespace ptxsim {
 enum Async { LAZY, EAGER, RANDOM };
 
+constexpr u32 kMaxDevices = 8;
 struct Config {                                    // environment PTXSIM_<NAME>, or ptxsim_set(name, value)
   u64 seed = 0;                                    // SEED
   bool random = false;                             // SCHED=random|fifo
@@ -23,6 +24,7 @@ struct Config {                                    // environment PTXSIM_<NAME>,
   u32 threads = 0;                                 // THREADS: OS threads (0: all cores)
   u32 arch = 0;         // ARCH: compute capability of the device, such as 80 (0: the highest that is loaded)
   u32 sms = 0;          // SMS: multiprocessors of the device (0: 132 for Hopper, else 108)
+  u32 devices = 1;      // DEVICES=n: how many the runtime has, up to kMaxDevices
   bool verbose = true;  // VERBOSE=0: no report on stderr
 };
 Config& config();

@@ -4,6 +4,7 @@
 #include "cudart.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -14,7 +15,7 @@ namespace ptxsim {
 namespace {
 struct HostFunction {
   const KernelInfo* kernel;
-  int max_shared = 48 << 10;  // static and dynamic
+  int max_shared[kMaxDevices] = {};  // static and dynamic; 0: 48 KiB. Devices do not share attributes
 };
 struct CallConfiguration {
   dim3 grid, block;
@@ -30,6 +31,8 @@ std::map<const void*, const GlobalInfo*>& variables() {
   return table;
 }
 thread_local std::vector<CallConfiguration> configurations;
+thread_local int current_device = 0;
+std::atomic<u64> launches[kMaxDevices];
 int shared_per_sm() { return max_shared_memory() + 1024; }
 
 HostFunction* find_function(const void* host) {
@@ -42,7 +45,7 @@ cudaError_t submit_launch(const void* host, dim3 grid, dim3 block, void** args, 
   HostFunction* function = find_function(host);
   if (!function) return fail(cudaErrorInvalidDeviceFunction);
   const KernelInfo& kernel = *function->kernel;
-  if ((long)(shared + kernel.static_smem) > std::max(function->max_shared, 48 << 10)) {
+  if ((long)(shared + kernel.static_smem) > std::max(function->max_shared[current_device], 48 << 10)) {
     report_launch(std::string("launch of ") + kernel.name + ": " + std::to_string(shared) +
                   " bytes of dynamic shared memory without cudaFuncSetAttribute");
     return fail(cudaErrorInvalidValue);
@@ -53,7 +56,8 @@ cudaError_t submit_launch(const void* host, dim3 grid, dim3 block, void** args, 
   auto values = std::make_shared<std::vector<u8>>(kernel.params_size);  // a captured launch outlives its arguments
   for (u32 i = 0; i < kernel.n_params; i++)
     memcpy(values->data() + kernel.params[i].offset, args[i], kernel.params[i].size);
-  return submit(stream, [&kernel, launched, values] {
+  return submit(stream, [&kernel, launched, values, device = current_device] {
+    ++launches[device];
     std::vector<void*> pointers;
     for (u32 i = 0; i < kernel.n_params; i++) pointers.push_back(values->data() + kernel.params[i].offset);
     return fail((cudaError_t)launch(kernel, launched, pointers.data()));
@@ -78,6 +82,7 @@ const GlobalInfo* find_variable(const void* host) {
 
 using namespace ptxsim;
 extern "C" {
+u64 ptxsim_launches(int device) { return launches[device]; }
 void ptxsim_clear() {
   g_last_error.clear();
   last_error() = cudaSuccess;
@@ -160,7 +165,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     int in_all = value + (int)function->kernel->static_smem;
     if (value < 0 || in_all > max_shared_memory()) return fail(cudaErrorInvalidValue);
-    function->max_shared = in_all;
+    function->max_shared[current_device] = in_all;
   }
   return cudaSuccess;
 }
@@ -174,7 +179,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
   attributes->maxThreadsPerBlock = kernel.max_threads ? kernel.max_threads : 1024;
   attributes->numRegs = 128;  // not known: PTX has no register allocation
   attributes->binaryVersion = attributes->ptxVersion = kernel.arch;
-  attributes->maxDynamicSharedSizeBytes = function->max_shared - kernel.static_smem;
+  attributes->maxDynamicSharedSizeBytes = std::max(function->max_shared[current_device], 48 << 10) - kernel.static_smem;
   return cudaSuccess;
 }
 // By threads and shared memory; registers are not known.
@@ -196,14 +201,18 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
 
 // ---- device
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = (int)config().devices;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device ? fail(cudaErrorInvalidDevice) : cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= (int)config().devices) return fail(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return capturing() ? fail(cudaErrorStreamCaptureUnsupported) : last_error(); }
 cudaError_t cudaDeviceReset() { return cudaSuccess; }
@@ -217,7 +226,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-  if (device) return fail(cudaErrorInvalidDevice);
+  if (device < 0 || device >= (int)config().devices) return fail(cudaErrorInvalidDevice);
   memset(p, 0, sizeof *p);
   strcpy(p->name, "ptxsim");
   p->major = device_arch() / 10;

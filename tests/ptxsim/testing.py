@@ -34,6 +34,7 @@ DEFAULTS: dict[str, int | str] = {
     "cta_order": "index",
     "arch": 0,
     "sms": 0,
+    "devices": 1,
     "verbose": 0,
 }
 """Options after reset(); README.md says what they do."""
@@ -46,6 +47,7 @@ def runtime() -> ctypes.CDLL:
     library.ptxsim_error.restype = ctypes.c_char_p
     library.ptxsim_register.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     library.ptxsim_unregister.argtypes = [ctypes.c_void_p]
+    library.ptxsim_launches.restype = ctypes.c_uint64
     library.ptxsim_set.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     return library
 
@@ -73,6 +75,11 @@ def options(**values: int | str) -> None:
         text = str(int(value) if isinstance(value, bool) else value)
         if runtime().ptxsim_set(name.rstrip("_").upper().encode(), text.encode()):
             raise ValueError(f"ptxsim has no option {name}={value!r}")
+
+
+def launches(device: int) -> int:
+    """How many kernels a device was given since the process began; with option ``devices`` there may be several."""
+    return int(runtime().ptxsim_launches(device))
 
 
 def reset() -> None:

@@ -6,6 +6,7 @@ device of a call, is replaced by device.cpp of this directory.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import ptxsim.build as simulator
 from ptxsim import testing
 from ptxsim.fixtures import cutlass_include
 
-__all__ = ["SimulatedOps", "archs", "load", "options", "ptx_files", "reset", "unavailable"]
+__all__ = ["SimulatedOps", "archs", "load", "options", "pose", "ptx_files", "reset", "unavailable"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -72,6 +73,7 @@ def ptx_files() -> dict[str, list[Path]]:
     }
 
 
+@functools.cache
 def build() -> Path:
     """The shared library with the simulated ops."""
     headers = simulator.digest(*(path.read_bytes() for path in sorted(CSRC.rglob("*.h"))))
@@ -98,6 +100,11 @@ def load() -> SimulatedOps:
     testing.runtime()
     torch.ops.load_library(str(build()))
     return SimulatedOps()
+
+
+def pose(device: int) -> None:
+    """Tensors count as those of this device from now on (option ``devices``)."""
+    ctypes.CDLL(str(build())).qwen_sparse_simulated_pose(device)
 
 
 class SimulatedOps:

@@ -34,6 +34,8 @@ void register_memory(const void* begin, uint64_t bytes) {
   ptxsim_register(begin, bytes);
 }
 
+int posed_device = 0;
+
 }  // namespace
 
 Device check_device(const char* op, std::initializer_list<NamedTensor> tensors) {
@@ -54,7 +56,7 @@ Device check_device(const char* op, std::initializer_list<NamedTensor> tensors) 
     for (++i; i < ranges.size() && ranges[i].first < end; ++i) end = std::max(end, ranges[i].second);
     register_memory(begin, static_cast<uint64_t>(end - begin));
   }
-  return Device(*cuda::backend(), {}, false);
+  return Device(*cuda::backend(), {posed_device, nullptr}, false);
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -73,3 +75,8 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 }
 
 }  // namespace qwen_sparse::api
+
+// Whose tensors the ops take the next ones to be.
+extern "C" __attribute__((visibility("default"))) void qwen_sparse_simulated_pose(int device) {
+  qwen_sparse::api::posed_device = device;
+}
