@@ -73,6 +73,8 @@ $(VENV)/.torch:
 $(VENV)/.build-requirements: $(VENV)/.torch
 	@echo "== build requirements"
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	@if [ -z "$$QWEN_SPARSE_CUTLASS_DIR" ] && { [ -n "$$CUDACXX" ] || command -v nvcc > /dev/null; }; \
+	then $(PIP) --no-deps nvidia-cutlass==4.2.0.0; fi  # headers, for the kernels for Hopper
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)

@@ -67,13 +67,14 @@ DENSE_OF = {
     "vertical-slash": "dense",
     "selection + vertical-slash": "dense",
     "DCA vertical-slash": "DCA dense",
+    "vertical-slash sm_80": "dense sm_80",
     "FlexAttention vertical-slash": "FlexAttention causal",
     "flashinfer 64x64 blocks": "flashinfer dense",
 }
 """Every sparse kernel, with the dense one that its "x density" is about."""
 GPU_BACKENDS = {"torch SDPA flash": SDPBackend.FLASH_ATTENTION, "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 KERNELS = [
-    *("torch SDPA", *GPU_BACKENDS, "FlexAttention causal", "flashinfer dense", "dense", "DCA dense"),
+    *("torch SDPA", *GPU_BACKENDS, "FlexAttention causal", "flashinfer dense", "dense", "DCA dense", "dense sm_80"),
     *DENSE_OF,
 ]
 MOST_CHECKED = 2**20
@@ -146,14 +147,17 @@ class Inputs:
         def sdpa() -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        return {
-            "torch SDPA": sdpa,
+        ours: dict[str, Callable[[], object]] = {
             "dense": lambda: ops.attention(self.q, self.k, self.v),
             "DCA dense": lambda: self.dual_chunk({}),
             "vertical-slash": lambda: ops.vertical_slash_attention(self.q, self.k, self.v, **self.sets),
             "selection + vertical-slash": self.select_and_attend,
             "DCA vertical-slash": lambda: self.dual_chunk(self.sets),
         }
+        if self.q.is_cuda and torch.cuda.get_device_capability(self.q.device) == (9, 0):
+            # what a kernel for Ampere, as FlashAttention 2, makes of the same work
+            ours |= {f"{name} sm_80": on_ampere_kernels(ours[name]) for name in ("dense", "vertical-slash")}
+        return {"torch SDPA": sdpa, **ours}
 
     def peers(self) -> dict[str, Callable[[], Callable[[], Tensor]]]:
         """By name, what makes a kernel that may not be there; results are ``[seqlen, num_heads, head_dim]``."""
@@ -179,6 +183,19 @@ class Inputs:
             "flashinfer dense": lambda: dense_prefill(self.q, self.k, self.v),
             "flashinfer 64x64 blocks": lambda: block_sparse_prefill(self.q, self.k, self.v, self.occupied),
         }
+
+
+def on_ampere_kernels(run: Callable[[], object]) -> Callable[[], object]:
+    """The same call on the kernels for sm_80."""
+
+    def chosen() -> object:
+        _C.set_cuda_arch("sm80")
+        try:
+            return run()
+        finally:
+            _C.set_cuda_arch("")
+
+    return chosen
 
 
 def block_attention(

@@ -24,7 +24,7 @@ REQUIRED = ("sm80::prefill", "sm80::select", "sm80::decode")
 FAMILY = re.compile(r"qwen_sparse::(sm\d+::(?:prefill|select|decode))::")
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER_PREFILL = ("HGMMA", "UTMALDG")
-SERIALISED = re.compile(r"\((C75(?:08|09|10))\)")  # ptxas: potential performance loss, wgmma is serialised
+SERIALISED = re.compile(r"\((C75\d\d)\)")  # ptxas: wgmma is serialised, or setmaxnreg ignored
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 COMPILED = re.compile(r"Building CUDA object (\S+)")
 

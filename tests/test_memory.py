@@ -172,7 +172,7 @@ def test_indexes_on_a_gpu_are_exact(case: str, kernels: str) -> None:
         peak = torch.cuda.max_memory_allocated() - before
     else:
         peak = allocated_peak(run)
-    expected = index_bytes(4, 64, seqlen, vertical, slash, 2, on_gpu=True)
+    expected = index_bytes(4, 64, 64, seqlen, vertical, slash, 2, on_gpu=True)
     results = 64 * 4 * (64 * 2 + 4) + 8 * 4 if case == "attention" else 0
     assert expected <= peak - results <= expected + 16 * 512
 
@@ -205,7 +205,7 @@ def test_indexes_on_a_cpu(case: tuple[int, int, int], monkeypatch: pytest.Monkey
     code = RESIDENT_GROWTH.format(case=", ".join(map(str, case)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    expected = index_bytes(4, 64, *case, 2, on_gpu=False)
+    expected = index_bytes(4, 64, 64, *case, 2, on_gpu=False)
     assert expected > 50_000_000
     assert int(output.stdout) == pytest.approx(expected, rel=0.03)
 
@@ -217,7 +217,7 @@ def test_indexes_of_the_widest_layer(write_checkpoint: WriteCheckpoint) -> None:
     sparse = replace(config.sparse, vertical_sizes=layers[0], slash_sizes=layers[1])
     for device, on_gpu in (("cpu", False), ("cuda", True)):
         estimate = estimate_memory(replace(config, sparse=sparse), 4096, device=device)
-        assert estimate.indexes == index_bytes(2, 64, 4096, 3000, 4000, 4, on_gpu=on_gpu)
+        assert estimate.indexes == index_bytes(2, 64, 4096, 4096, 3000, 4000, 4, on_gpu=on_gpu)
         assert estimate_memory(replace(config, sparse=None), 4096, device=device).indexes == 0
 
 

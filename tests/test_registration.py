@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import qwen_sparse
+import simulated
 from qwen_sparse import _C, ops
 from qwen_sparse.rope import dual_chunk_scale_factors
 from qwen_sparse.testing import random_indexes, random_qkv
@@ -144,3 +145,36 @@ def test_unknown_isa_is_refused() -> None:
     assert "got 'sse9'" in result.stderr
     with pytest.raises(ValueError, match=r"isa must name an instruction set .*got 'sse9'"):
         _C.set_cpu_isa("sse9")
+
+
+def test_cuda_arch_of_this_build() -> None:
+    archs = qwen_sparse.build_info()["cuda_archs"]
+    with pytest.raises(ValueError, match="got 'sm70'"):
+        _C.set_cuda_arch("sm70")
+    for arch in ("sm80", "sm90"):
+        if arch in archs:
+            _C.set_cuda_arch(arch)
+        else:
+            with pytest.raises(ValueError, match=f"this build has no.*got '{arch}'"):
+                _C.set_cuda_arch(arch)
+    _C.set_cuda_arch("")
+
+
+@pytest.mark.ptxsim
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [("sm90", "kernels for sm90 were asked for, but device 0 has compute capability 8.0"), ("sm9", "got 'sm9'")],
+)
+def test_cuda_arch_from_the_environment(arch: str, message: str) -> None:
+    code = """
+import torch, simulated
+ops = simulated.load()
+simulated.options(arch=80)
+q = torch.zeros(4, 1, 64).bfloat16()
+ops.attention(q, q, q, 1.0, True, None)
+"""
+    if 90 not in simulated.archs():
+        pytest.skip("no kernels for sm90 in this build")
+    result = run_python(code, QWEN_SPARSE_CUDA_ARCH=arch, PYTHONPATH=os.pathsep.join(sys.path))
+    assert result.returncode != 0
+    assert message in result.stderr

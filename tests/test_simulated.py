@@ -110,7 +110,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     # with more shared memory than a kernel has unasked
     "dense, 128 channels": lambda ops: ops.attention(*WIDE, 0.1, True, None),
     "decode, 128 channels": lambda ops: ops.decode_attention(
-        WIDE[0][None, :2], *WIDE_PAGES, TABLE[:1], LENGTH, None, None, None, None, 1.0, None, None, None, 0.1, None
+        *(WIDE[0][None, :2], *WIDE_PAGES, TABLE[:1], LENGTH),
+        *(None, None, None, None, 1.0, None, None, None, 0.1, None, None),
     ),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
     # Slashes that cover the columns for every other block: of two blocks that share tiles, only one attends most.

@@ -46,7 +46,8 @@ void attention(const AttentionParams& p, Launch launch) {
   const Scratch scratch(p);
   if (p.sparse) build_head_indexes(p, scratch.indexes, launch.stream);
   const float scale = std::max(std::abs(p.softmax_scale) * kLog2E, 1e-30f);
-  const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, scratch.indexes, RowTiles(p)};
+  const auto window = static_cast<int32_t>(std::min<int64_t>(p.window, INT32_MAX / 2));
+  const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, window, scratch.indexes, RowTiles(p)};
 #ifdef QWEN_SPARSE_SM90
   if (uses_sm90(launch.device) && p.shape.seqlen_k > 0) {  // there are no tensor maps of no keys
     sm90::prefill_attention(args, scratch.next_tile, launch);

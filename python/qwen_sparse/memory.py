@@ -111,7 +111,7 @@ def estimate_memory(
       Choosing: the scores, 8 H n; partial sums of splits of the keys, on a CPU 768 H (n / 4096 + 1), on a GPU
       256 H (2 n / 2048 + 1); for the top-k on a CPU 8 n per thread, on a GPU (24600 + 8 n / 16384) H. Attention:
       the columns' keys and values, 2 H V D b, a bit per key and head, and the slash runs, 16 H S at most (8 H S
-      on a GPU).
+      on a GPU, which also takes a bit per column, head and 64 rows of a chunk).
     - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; CPUs that multiply 16-bit
       matrices in float32: the MLP's activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and
       results, at most 48 MB; I is then not in the activations. Otherwise 0.
@@ -151,23 +151,25 @@ def estimate_memory(
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
         activations=rows * row + 4 * config.vocab_size,
         indexes=_most_index_bytes(
-            config, seqlen, item, on_gpu=device is not None and torch.device(device).type == "cuda"
+            config, rows, seqlen, item, on_gpu=device is not None and torch.device(device).type == "cuda"
         ),
         workspace=workspace,
     )
 
 
-def _most_index_bytes(config: ModelConfig, seqlen: int, item: int, *, on_gpu: bool) -> int:
+def _most_index_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *, on_gpu: bool) -> int:
     if config.sparse is None:
         return 0
     budgets = zip(config.sparse.vertical_sizes, config.sparse.slash_sizes, strict=True)
     return max(
-        index_bytes(config.num_heads, config.head_dim, seqlen, max(vertical), max(slash), item, on_gpu=on_gpu)
+        index_bytes(config.num_heads, config.head_dim, rows, seqlen, max(vertical), max(slash), item, on_gpu=on_gpu)
         for vertical, slash in budgets
     )
 
 
-def index_bytes(heads: int, head_dim: int, seqlen: int, vertical: int, slash: int, item: int, *, on_gpu: bool) -> int:
+def index_bytes(
+    heads: int, head_dim: int, rows: int, seqlen: int, vertical: int, slash: int, item: int, *, on_gpu: bool
+) -> int:
     """Most memory that choosing and using one layer's index sets takes at once, queries and results aside.
 
     What the kernels ask for: ``select_workspace``, ``top_indexes_workspace`` and ``attention_workspace`` of the
@@ -176,6 +178,7 @@ def index_bytes(heads: int, head_dim: int, seqlen: int, vertical: int, slash: in
     Args:
         heads: query heads.
         head_dim: channels per head.
+        rows: queries, of one prefill chunk.
         seqlen: keys.
         vertical: columns of the head that has most.
         slash: distances of the head that has most.
@@ -188,7 +191,8 @@ def index_bytes(heads: int, head_dim: int, seqlen: int, vertical: int, slash: in
     if on_gpu:
         partials = 4 * heads * last_q * (2 * -(-seqlen // 2048) + 1)
         top_k = min(heads, 256) * (3 * 2048 * 4 + 3 * 8 + 8 * -(-seqlen // 16384))
-        head = columns + 8 * slash + 8 + 4 * -(-(seqlen + 64) // 32)
+        blocks = -(-seqlen // 64) - (seqlen - rows) // 64 + 2
+        head = columns + 8 * slash + 8 + 4 * -(-(seqlen + 64) // 32) + 8 * blocks * -(-vertical // 64)
     else:
         partials = 4 * heads * 3 * last_q * (-(-seqlen // 4096) + 1)
         top_k = 8 * seqlen * min(heads, torch.get_num_threads())

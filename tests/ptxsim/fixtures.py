@@ -26,9 +26,9 @@ SCHEDULES: list[dict[str, Any]] = [
 
 
 def cutlass_include() -> Path | None:
-    """CUTLASS headers: ``$CUTLASS_INCLUDE``, else those of the package nvidia-cutlass, if installed."""
-    if "CUTLASS_INCLUDE" in os.environ:
-        return Path(os.environ["CUTLASS_INCLUDE"])
+    """CUTLASS headers: ``$QWEN_SPARSE_CUTLASS_DIR``, else those of the package nvidia-cutlass, if installed."""
+    if "QWEN_SPARSE_CUTLASS_DIR" in os.environ:
+        return Path(os.environ["QWEN_SPARSE_CUTLASS_DIR"])
     spec = importlib.util.find_spec("cutlass_library")
     return Path(spec.origin).parent / "source/include" if spec and spec.origin else None
 
@@ -68,7 +68,7 @@ def hopper() -> Sim:
 def cute() -> Sim:
     include = cutlass_include()
     if include is None:
-        pytest.skip("no CUTLASS headers: neither CUTLASS_INCLUDE nor the package nvidia-cutlass")
+        pytest.skip("no CUTLASS headers: neither QWEN_SPARSE_CUTLASS_DIR nor the package nvidia-cutlass")
     return _kernels("cute", "90a", (include,))
 
 

@@ -2,7 +2,8 @@
 
     python -m simulated.resources
 
-The exit status is 1 if an attention, selection or decode kernel spills registers.
+The exit status is 1 if an attention, selection or decode kernel spills registers, or if ptxas warns of one for Hopper:
+that its wgmma instructions are serialised, or its setmaxnreg ignored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Resources:
     stack: int
     spills: int
     """Bytes stored and loaded."""
+    warnings: tuple[str, ...]
+    """Codes of ptxas, such as C7510."""
 
 
 def _demangled(names: list[str]) -> list[str]:
@@ -42,8 +45,9 @@ def report(ptx: Path, architecture: str) -> Iterator[Resources]:
     command = ["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", "/dev/null"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     entries = re.split(r"Compiling entry function '", text)[1:]
-    names = _demangled([entry.split("'", 1)[0] for entry in entries])
-    for name, entry in zip(names, entries, strict=True):
+    mangled = [entry.split("'", 1)[0] for entry in entries]
+    warnings = re.findall(r"\((C75\d\d)\).*?in (?:the )?function '(\w+)'", text)
+    for symbol, name, entry in zip(mangled, _demangled(mangled), entries, strict=True):
 
         def number(pattern: str, entry: str = entry) -> int:
             return sum(int(value) for value in re.findall(pattern, entry))
@@ -54,6 +58,7 @@ def report(ptx: Path, architecture: str) -> Iterator[Resources]:
             shared_memory=number(r"(\d+) bytes smem"),
             stack=number(r"(\d+) bytes stack frame"),
             spills=number(r"(\d+) bytes spill"),
+            warnings=tuple(code for code, function in warnings if function == symbol),
         )
 
 
@@ -63,10 +68,10 @@ def main() -> int:
     print("registers  static shared  stack  spills  kernel")
     for entry in kernels:
         print(f"{entry.registers:9}  {entry.shared_memory:13}  {entry.stack:5}  {entry.spills:6}  {entry.kernel}")
-    spilling = [entry.kernel for entry in kernels if entry.spills and MAIN_KERNELS.search(entry.kernel)]
-    for kernel in spilling:
-        print(f"spills: {kernel}", file=sys.stderr)
-    return 1 if spilling else 0
+    wrong = [entry for entry in kernels if (entry.spills and MAIN_KERNELS.search(entry.kernel)) or entry.warnings]
+    for entry in wrong:
+        print(f"spills {entry.spills} bytes, warnings {entry.warnings}: {entry.kernel}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

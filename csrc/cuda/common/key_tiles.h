@@ -31,7 +31,7 @@ class KeyTiles {
     const AttentionParams& p = args.p;
     rows_ = rows;
     causal_ = p.causal;
-    window_ = static_cast<int32_t>(min(p.window, int64_t{INT32_MAX / 2}));
+    window_ = args.window;
     run_ = {};
     const int64_t limit = p.causal ? rows.end : p.shape.seqlen_k;
     const int64_t borders[kNumStages + 1] = {0, rows.chunk_begin - args.tiles.chunk_len, rows.chunk_begin, limit};
@@ -72,9 +72,7 @@ class KeyTiles {
  private:
   static constexpr int32_t kRows = static_cast<int32_t>(kBlockM);
 
-  __device__ bool has_rows(int b) const {
-    return rows_.begin < rows_.block(b) + kRows && rows_.end > rows_.block(b);
-  }
+  __device__ bool has_rows(int b) const { return rows_.begin < rows_.block(b) + kRows && rows_.end > rows_.block(b); }
 
   __device__ KeyTile keys_at(int32_t position) const {
     KeyTile tile;

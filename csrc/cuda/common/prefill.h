@@ -35,6 +35,7 @@ struct PrefillArgs {
   // does.
   float scale_log2;
   bool negate;
+  int32_t window;  // p.window, or a number that no distance reaches
   HeadIndexes indexes;
   RowTiles tiles;
 };

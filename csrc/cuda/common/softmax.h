@@ -29,40 +29,32 @@ __device__ __forceinline__ void mask(const PrefillArgs& args, const KeyTile& til
                                      float (&s)[kKeys8][4]) {
   const int first = threadIdx.x % 4 * 2;
   if (kKeys8 <= 8 && tile.is_columns) {  // larger tiles are dense
-    uint64_t bits[2] = {tile.columns[b], tile.columns[b]};
-    if (tile.late) {
-      const int32_t* columns = args.p.vertical_indexes + head * args.p.num_vertical + tile.first;
-      for (int half = 0; half < 2; ++half) {
-        bits[half] = causal_columns(bits[half], columns, tile.count, row + 8 * half);
-      }
-    }
+    const int32_t* columns = args.p.vertical_indexes + head * args.p.num_vertical + tile.first;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t own = bits[half] >> first;
+      uint64_t bits = tile.columns[b];
+      if (tile.late) bits = causal_columns(bits, columns, tile.count, row + 8 * half);
+      bits >>= first;
 #pragma unroll
       for (int n = 0; n < kKeys8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if ((own >> (8 * n + e) & 1) == 0) s[n][2 * half + e] = -INFINITY;
+          if ((bits >> (8 * n + e) & 1) == 0) s[n][2 * half + e] = -INFINITY;
         }
       }
     }
     return;
   }
-  constexpr int32_t kNever = INT32_MAX;  // as a key's position: no row attends it
-  const int32_t begin = tile.begin[b], end = tile.end[b];
-  const bool causal = args.p.causal;
-  const int64_t window = args.p.window;
 #pragma unroll
-  for (int n = 0; n < kKeys8; ++n) {
+  for (int half = 0; half < 2; ++half) {
+    const int32_t position = row + 8 * half;
+    const int32_t begin = max(tile.begin[b], position - args.window + 1) - tile.first - first;
+    const int32_t end = min(tile.end[b], args.p.causal ? position + 1 : INT32_MAX) - tile.first - first;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int32_t j = tile.first + 8 * n + first + e;
-      const int32_t key = j >= begin && j < end ? j : kNever;
+    for (int n = 0; n < kKeys8; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool attended = (causal ? key <= row + 8 * half : key != kNever) && key > row + 8 * half - window;
-        if (!attended) s[n][2 * half + e] = -INFINITY;
+      for (int e = 0; e < 2; ++e) {
+        if (8 * n + e < begin || 8 * n + e >= end) s[n][2 * half + e] = -INFINITY;
       }
     }
   }
@@ -74,7 +66,7 @@ struct SoftmaxRows {
   float sum[2] = {0.0f, 0.0f};
 
   // Scores to weights, in place. What was summed before is to be multiplied by `shrink`; the result says whether that
-  // changes anything for a row of the warp.
+  // changes anything for a row of the lane.
   template <int kKeys8>
   __device__ __forceinline__ bool update(float (&s)[kKeys8][4], float scale_log2, float (&shrink)[2]) {
     bool changed = false;
@@ -101,7 +93,7 @@ struct SoftmaxRows {
       }
       sum[half] = sum[half] * shrink[half] + added;
     }
-    return __any_sync(0xffffffffu, changed);
+    return changed;
   }
 
   // Sum of the weights of a row over all lanes.
@@ -117,7 +109,8 @@ struct SoftmaxRows {
   }
 };
 
-// Weights as the left operand of the product with values: two 8-key accumulators lie in registers as one 16-key operand.
+// Weights as the left operand of the product with values: two 8-key accumulators lie in registers as one 16-key
+// operand.
 template <typename T>
 __device__ __forceinline__ void pack_weights(const float (&low)[4], const float (&high)[4], uint32_t (&operand)[4]) {
   operand[0] = pack<T>(low[0], low[1]);

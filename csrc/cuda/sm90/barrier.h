@@ -1,7 +1,7 @@
 // Barriers in shared memory (PTX ISA, "mbarrier").
 //
-// CUTLASS has the same class, but the compiler may move ordinary accesses across its asm; here descriptions of tiles are
-// passed on in ordinary memory, so accesses before an arrival stay before it, and those after a wait after it.
+// CUTLASS has the same class, but the compiler may move ordinary accesses across its asm; here descriptions of tiles
+// are passed on in ordinary memory, so accesses before an arrival stay before it, and those after a wait after it.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,6 @@ class Barrier {
 };
 
 // Makes initialised barriers visible to the copy engine; a barrier of the CTA must follow.
-__device__ __forceinline__ void fence_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 }  // namespace qwen_sparse::sm90

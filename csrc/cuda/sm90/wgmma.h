@@ -43,11 +43,11 @@ namespace detail {
 template <typename T, int kColumns, Major kMajorB>
 struct Atom;
 
-#define QWEN_SPARSE_WGMMA(type, columns, inputs)                                                            \
-  template <Major kMajorB>                                                                                  \
-  struct Atom<type, columns, kMajorB> {                                                                     \
-    using Registers = cute::SM90::GMMA::MMA_64x##columns##x16_F32##inputs##_RS<Major::K, kMajorB>;          \
-    using Shared = cute::SM90::GMMA::MMA_64x##columns##x16_F32##inputs##_SS<Major::K, kMajorB>;             \
+#define QWEN_SPARSE_WGMMA(type, columns, inputs)                                                   \
+  template <Major kMajorB>                                                                         \
+  struct Atom<type, columns, kMajorB> {                                                            \
+    using Registers = cute::SM90::GMMA::MMA_64x##columns##x16_F32##inputs##_RS<Major::K, kMajorB>; \
+    using Shared = cute::SM90::GMMA::MMA_64x##columns##x16_F32##inputs##_SS<Major::K, kMajorB>;    \
   }
 QWEN_SPARSE_WGMMA(cuda::BFloat16, 64, BF16BF16);
 QWEN_SPARSE_WGMMA(cuda::BFloat16, 128, BF16BF16);

@@ -46,7 +46,7 @@ class Cta {
 
  public:
   __device__ Cta(const Args& args, Shared& shared)
-      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32), block_(warp_ / 2) {}
+      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
 
   __device__ void run() {
     if (threadIdx.x == 0) start();
@@ -67,7 +67,7 @@ class Cta {
       copy_rows(p_.v, args_.indexes.column_v, tile, shared_.v);
       ptx::commit_copies();
       if (threadIdx.x == 0) shared_.tiles[parity ^ 1] = shared_.cursor.next();
-      const bool attends = has_rows && tile.use[block_] != Use::kNone &&
+      const bool attends = has_rows && tile.use[block()] != Use::kNone &&
                            (tile.is_columns || !p_.causal || tile.first < warp_first + kWarpRows);
       float s[kMTiles][kKeyTiles8][4];
       if (attends) multiply_qk(s);
@@ -183,12 +183,11 @@ class Cta {
     bool changed = false;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
-      if (tile.use[block_] != Use::kFull) {
-        cuda::mask(args_, tile, block_, shared_.rows.head, row_position(m, 0), s[m]);
-      }
+      if (tile.use[block()] != Use::kFull)
+        cuda::mask(args_, tile, block(), shared_.rows.head, row_position(m, 0), s[m]);
       changed |= softmax_[m].update(s[m], args_.scale_log2, shrink[m]);
     }
-    if (!changed) return;
+    if (!__any_sync(0xffffffffu, changed)) return;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -253,6 +252,7 @@ class Cta {
     }
   }
 
+  __device__ int block() const { return warp_ / 2; }
   __device__ int32_t row_position(int m, int half) const {
     return shared_.rows.first + warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
   }
@@ -260,7 +260,7 @@ class Cta {
   const Args& args_;
   const AttentionParams& p_;
   Shared& shared_;
-  const int lane_, warp_, block_;
+  const int lane_, warp_;
   float out_[kMTiles][kDimTiles8][4] = {};
   cuda::SoftmaxRows softmax_[kMTiles];
 };

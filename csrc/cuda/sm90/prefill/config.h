@@ -45,9 +45,9 @@ struct Args {
   cuda::PrefillArgs common;
   CUtensorMap q[cuda::kNumStages];  // by stage of dual-chunk attention
   CUtensorMap k, v, column_k, column_v;
-  int32_t* next_tile;          // the next work item, zero at launch
-  int32_t num_items;           // row tiles x heads
-  int32_t heads_per_section;   // heads whose keys and values stay in L2 while their row tiles are worked on
+  int32_t* next_tile;         // the next work item, zero at launch
+  int32_t num_items;          // row tiles x heads
+  int32_t heads_per_section;  // heads whose keys and values stay in L2 while their row tiles are worked on
 };
 
 }  // namespace qwen_sparse::sm90::prefill

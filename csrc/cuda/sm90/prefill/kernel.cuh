@@ -140,8 +140,7 @@ class Producer {
     slot.tile = tile;
     if ((flags & kStartsRows) != 0) slot.rows = shared_.rows;
     slot.flags = flags;
-    fetch_keys(tile, tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage],
-               shared_.k[stage]);
+    fetch_keys(tile, tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage], shared_.k[stage]);
     if ((flags & kStartsStage) != 0) {
       shared_.q_empty.wait(q_phase_ ^ 1);
       q_phase_ ^= 1;
@@ -151,8 +150,7 @@ class Producer {
       fetch(args_.q[tile.stage], shared_.q_full, shared_.q, shared_.rows.first - past, shared_.rows.head);
     }
     shared_.v_empty[stage].wait(at_.phase ^ 1);
-    fetch_keys(tile, tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage],
-               shared_.v[stage]);
+    fetch_keys(tile, tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage], shared_.v[stage]);
     at_.template advance<C::kStages>();
   }
 
@@ -350,7 +348,7 @@ class Consumer {
     if (slot.tile.use[block_] != Use::kFull) cuda::mask(args_, slot.tile, block_, rows_.head, row_position(), scores);
     if (!C::kQInRegisters && (flags_ & kEndsStage) != 0) release(shared_.q_empty);
     release(shared_.k_empty[at_.index]);
-    changed_ = softmax_.update(scores, args_.scale_log2, shrink_);
+    changed_ = __any_sync(0xffffffffu, softmax_.update(scores, args_.scale_log2, shrink_));
   }
 
   __device__ void rescale() {
@@ -391,7 +389,8 @@ class Consumer {
           words[i] = cuda::pack<T>(out_[d + i][2 * half] * factor, out_[d + i][2 * half + 1] * factor);
         }
         transpose(words, lane);
-        if (inside) ptx::store(reinterpret_cast<uint4*>(out + (d + lane) * 8), {words[0], words[1], words[2], words[3]});
+        if (inside)
+          ptx::store(reinterpret_cast<uint4*>(out + (d + lane) * 8), {words[0], words[1], words[2], words[3]});
       }
     }
   }
@@ -417,7 +416,9 @@ class Consumer {
   }
 
   // Of the lane's first row; the second is 8 rows on.
-  __device__ int32_t row_position() const { return rows_.block(block_) + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+  __device__ int32_t row_position() const {
+    return rows_.block(block_) + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
 
   const cuda::PrefillArgs& args_;
   Shared& shared_;
