@@ -124,6 +124,43 @@ def test_columns_that_one_block_of_two_attends(prefill_kernels: str) -> None:
     check("vertical_slash_attention", (q, k, v, columns, slashes))
 
 
+ATTENDED = {
+    "dense": (None, None, {}),
+    "window": (None, None, {"window": 100}),
+    "sparse": ((40, 0), (9, 3), {}),
+    "dual_chunk": (None, None, {"chunk_len": 192}),
+    "sparse_dual_chunk": ((40, 300), (9, 0), {"chunk_len": 192}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attended_set_is_exact(name: str, prefill_kernels: str) -> None:
+    """Equal scores weigh every attended key alike; one-hot values then show which these are, 64 keys at a time."""
+    verticals, slashes, options = ATTENDED[name]
+    rows, keys = 150, 640
+    q, k, _ = random_qkv(rows, keys, 2, 1, 64, torch.bfloat16)
+    q = torch.zeros_like(q)
+    indexes: tuple[Tensor, ...] = ()
+    if verticals is not None and slashes is not None:
+        indexes = random_indexes(2, keys, list(verticals), seed=1), random_indexes(2, keys, list(slashes), seed=2)
+        expected = reference.vertical_slash_mask(*indexes, rows, keys)
+    else:
+        row, key = torch.arange(keys - rows, keys)[:, None], torch.arange(keys)
+        expected = ((key <= row) & (key > row - options.get("window", keys))).expand(2, -1, -1)
+    for first in range(0, keys, 64):
+        v = torch.zeros(keys, 1, 64, dtype=torch.bfloat16)
+        v[first : first + 64, 0] = torch.eye(64)
+        if "chunk_len" in options:
+            sets = dict(zip(("vertical_indexes", "slash_indexes"), indexes, strict=False))
+            out = ops.dual_chunk_attention(q, q, q, k, v, **sets, **options)
+        elif indexes:
+            out = ops.vertical_slash_attention(q, k, v, *indexes)
+        else:
+            out = ops.attention(q, k, v, **options)
+        assert isinstance(out, Tensor)
+        assert torch.equal(out.transpose(0, 1) > 0, expected[:, :, first : first + 64])
+
+
 @pytest.mark.parametrize("distance_gap", [62, 63, 64, 65, 66, 128])
 def test_slash_runs_at_the_border_of_touching(distance_gap: int) -> None:
     """Two slashes whose bands overlap, touch or just miss each other."""
