@@ -1,0 +1,233 @@
+"""The attention registered with transformers: against sdpa, and against our own model on the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import DUAL_CHUNK, WriteCheckpoint, budgets
+from qwen_sparse import generate, load_model, prefill
+
+transformers = pytest.importorskip("transformers")
+plugin = pytest.importorskip("qwen_sparse.transformers")
+
+CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"chunk_size": DUAL_CHUNK["chunk_size"], "local_size": DUAL_CHUNK["local_size"]}
+Load = Callable[..., Any]
+
+
+def tokens(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def load(write_checkpoint: WriteCheckpoint) -> Load:
+    """``load(architecture="Qwen2", attn="qwen_sparse", dual_chunk=False, **config) -> (transformers' model, ours)``."""
+
+    def make(architecture: str = "Qwen2", attn: str = plugin.NAME, **config: Any) -> tuple[Any, Any]:
+        name = f"{architecture.lower()}-{len(config)}-{attn}"
+        config = {**HEADS, "rms_norm_eps": 1e-6, **config}
+        bias = {} if architecture == "Qwen2" else {"attention_bias": False}
+        ours = write_checkpoint(name, dual_chunk_attention_config=DUAL_CHUNK, sparse=(40, 120), **bias, **config)
+        theirs = ours.parent / f"{name}-transformers"
+        theirs.mkdir()
+        raw = json.loads((ours / "config.json").read_text())
+        del raw["dual_chunk_attention_config"]
+        raw |= {
+            "model_type": architecture.lower(),
+            "architectures": [f"{architecture}ForCausalLM"],
+            "eos_token_id": None,
+        }
+        (theirs / "config.json").write_text(json.dumps(raw))
+        (theirs / "model.safetensors").symlink_to(ours / "model.safetensors")
+        model = transformers.AutoModelForCausalLM.from_pretrained(theirs, attn_implementation=attn, dtype=torch.float32)
+        return model.eval(), load_model(ours, attention="dense", max_seq_len=2**20)
+
+    return make
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
+    return model(ids[None] if ids.ndim == 1 else ids, **options).logits
+
+
+@torch.no_grad()
+def generated(model: Any, ids: Tensor, count: int = 6, **options: Any) -> list[list[int]]:
+    batch = ids[None] if ids.ndim == 1 else ids
+    options.setdefault("attention_mask", torch.ones_like(batch))  # else token 0 counted as padding
+    out = model.generate(batch, max_new_tokens=count, do_sample=False, pad_token_id=0, disable_compile=True, **options)
+    return out[:, batch.shape[1] :].tolist()
+
+
+# --- dense attention against sdpa ---
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Llama", "Qwen3"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_dense_equals_sdpa(architecture: str, padding: str) -> None:
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=256, hidden_size=128, intermediate_size=160, num_hidden_layers=2, head_dim=64, **HEADS
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    ids = torch.stack([tokens(90, seed) for seed in range(3)])
+    shown = torch.ones_like(ids)
+    for row, hidden in enumerate((0, 7, 60)):
+        if padding == "left":
+            shown[row, :hidden] = 0
+        elif padding == "right":
+            shown[row, 90 - hidden :] = 0
+    expected = logits(model, ids, attention_mask=shown)
+    model.set_attn_implementation(plugin.NAME)
+    actual = logits(model, ids, attention_mask=shown)
+    torch.testing.assert_close(actual[shown.bool()], expected[shown.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_generate_equals_sdpa(cache: str, window: int | None) -> None:
+    options = {} if window is None else {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    config = transformers.Qwen2Config(
+        vocab_size=256, hidden_size=128, intermediate_size=160, num_hidden_layers=2, head_dim=64, **HEADS, **options
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ids = torch.stack([tokens(70, seed) for seed in range(2)])
+    shown = torch.ones_like(ids)
+    shown[1, :25] = 0
+    arguments = {"attention_mask": shown, "cache_implementation": cache, "count": 12}
+    expected = generated(model, ids, **arguments)
+    model.set_attn_implementation(plugin.NAME)
+    assert generated(model, ids, **arguments) == expected
+
+
+# --- Dual Chunk Attention and vertical-slash against our model ---
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Llama"])
+@pytest.mark.parametrize("count", [CHUNK_LEN - 1, CHUNK_LEN + 1, 2 * CHUNK_LEN, 3 * CHUNK_LEN + 5])
+def test_dual_chunk_logits(architecture: str, count: int, load: Load) -> None:
+    theirs, ours = load(architecture)
+    plugin.enable_dual_chunk(theirs, **SIZES)
+    ids = tokens(count)
+    expected = prefill(ours, ids, logits="all").logits
+    torch.testing.assert_close(logits(theirs, ids)[0], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("count", [CHUNK_LEN - 3, 2 * CHUNK_LEN - 3])
+def test_dual_chunk_generates_over_a_border(cache: str, count: int, load: Load) -> None:
+    theirs, ours = load()
+    plugin.enable_dual_chunk(theirs, **SIZES)
+    ids = tokens(count)
+    expected = list(generate(ours, ids, max_new_tokens=8, stop_token_ids=()))
+    assert generated(theirs, ids, 8, cache_implementation=cache) == [expected]
+
+
+def test_dual_chunk_generates_for_a_padded_batch(load: Load) -> None:
+    theirs, ours = load()
+    plugin.enable_dual_chunk(theirs, **SIZES)
+    prompts = [tokens(300, 1), tokens(170, 2)]
+    ids, shown = torch.zeros(2, 300, dtype=torch.long), torch.zeros(2, 300, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, 300 - len(prompt) :], shown[row, 300 - len(prompt) :] = prompt, 1
+    expected = [list(generate(ours, prompt, max_new_tokens=5, stop_token_ids=())) for prompt in prompts]
+    assert generated(theirs, ids, 5, attention_mask=shown) == expected
+    with pytest.raises(NotImplementedError, match="position_ids that count from its first token"):
+        logits(theirs, ids, attention_mask=shown)
+
+
+@pytest.mark.parametrize("dual_chunk", [False, True])
+def test_vertical_slash(dual_chunk: bool, load: Load, tmp_path: Path) -> None:
+    theirs, ours = load()
+    config = json.loads((ours.path / "config.json").read_text())
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps(budgets(config, 40, 120)))
+    plugin.enable_vertical_slash(theirs, file, threshold=100)
+    if dual_chunk:
+        plugin.enable_dual_chunk(theirs, **SIZES)
+    else:
+        del config["dual_chunk_attention_config"]
+        (ours.path / "config.json").write_text(json.dumps(config))
+        ours = load_model(ours.path)
+    ids = tokens(500)
+    dense = prefill(ours.with_options(attention="dense"), ids).logits
+    sparse = prefill(ours.with_options(attention="sparse"), ids, chunk_tokens=512).logits
+    actual = logits(theirs, ids)[0, -1]
+    torch.testing.assert_close(actual, sparse, rtol=0, atol=5e-4)
+    assert (sparse - dense).abs().max() > 0.02
+    short = tokens(100)  # up to the threshold
+    torch.testing.assert_close(
+        logits(theirs, short)[0, -1], prefill(ours.with_options(attention="dense"), short).logits, rtol=0, atol=2e-4
+    )
+
+
+def test_remove_restores_the_model(load: Load) -> None:
+    theirs, _ = load(attn="sdpa")
+    ids = tokens(300)
+    expected = logits(theirs, ids)
+    enabled = plugin.enable_dual_chunk(theirs, **SIZES)
+    assert (logits(theirs, ids) - expected).abs().max() > 0.01
+    enabled.remove()
+    enabled.remove()
+    assert theirs.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(theirs, ids), expected)
+
+
+# --- refusals ---
+
+
+def test_what_it_does_not_do_is_named(load: Load) -> None:
+    theirs, _ = load()
+    ids = tokens(30)
+    mask = torch.zeros(1, 1, 30, 30)
+    with pytest.raises(NotImplementedError, match=r"two-dimensional.*got shape \[1, 1, 30, 30\]"):
+        logits(theirs, ids, attention_mask=mask)
+    holes = torch.ones(1, 30, dtype=torch.long)
+    holes[0, 10:12] = 0
+    with pytest.raises(NotImplementedError, match="sequence 0 shows 28 of the keys 0 to 29"):
+        logits(theirs, ids, attention_mask=holes)
+    packed = torch.cat((torch.arange(10), torch.arange(20)))[None]
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        logits(theirs, ids, position_ids=packed, use_cache=False)
+    theirs.train()
+    theirs.config.attention_dropout = 0.5
+    for layer in theirs.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(NotImplementedError, match=r"no dropout, got 0\.5"):
+        theirs(ids[None])
+
+
+def test_enabling_checks_the_model(load: Load) -> None:
+    theirs, _ = load()
+    enabled = plugin.enable_dual_chunk(theirs, **SIZES)
+    with pytest.raises(ValueError, match="has Dual Chunk Attention already"):
+        plugin.enable_dual_chunk(theirs, **SIZES)
+    enabled.remove()
+    with pytest.raises(ValueError, match="local_size must be below chunk_size = 64, got 64"):
+        plugin.enable_dual_chunk(theirs, chunk_size=64, local_size=64)
+    with pytest.raises(ValueError, match=r"one entry per layer \(2\), got 1 entries"):
+        plugin.enable_vertical_slash(theirs, [{}])
+    with pytest.raises(ValueError, match="one rotary_emb, got 0"):
+        plugin.enable_dual_chunk(nn.Linear(2, 2), **SIZES)
+    windowed = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            **HEADS,
+            vocab_size=16,
+            hidden_size=256,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=0,
+        )
+    )
+    with pytest.raises(ValueError, match="must have full attention, got sliding_window = 8 in layer 0"):
+        plugin.enable_dual_chunk(windowed, **SIZES)
