@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REQUIRED = ("sm80::prefill", "sm80::select", "sm80::decode")
-"""Families that every build has; families of other architectures are checked where a module has them."""
+"""Families that every build has; others are checked where a module has them, or where --require names them."""
 FAMILY = re.compile(r"qwen_sparse::(sm\d+::(?:prefill|select|decode))::")
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER_PREFILL = ("HGMMA", "UTMALDG")
@@ -70,11 +70,13 @@ def serialised(log: Iterable[str]) -> dict[str, set[str]]:
     return warnings
 
 
-def faults(kernels: Iterable[Kernel], warnings: dict[str, set[str]]) -> Iterator[str]:
+def faults(
+    kernels: Iterable[Kernel], warnings: dict[str, set[str]], required: Iterable[str] = REQUIRED
+) -> Iterator[str]:
     """One line for each rule that is broken."""
     kernels = list(kernels)
     families = {kernel.family for kernel in kernels}
-    for family in REQUIRED:
+    for family in required:
         if family not in families:
             yield f"{family}: the module has no such kernel"
     for kernel in kernels:
@@ -115,6 +117,7 @@ def main() -> int:
     parser.add_argument("module", type=Path, help="the extension, or any object file with kernels")
     parser.add_argument("--build-log", type=Path, required=True, help="output of its build, of ninja and nvcc")
     parser.add_argument("--cuobjdump", default="cuobjdump", help="the program (default: the one on the path)")
+    parser.add_argument("--require", nargs="+", default=[], help="families besides those of every build")
     arguments = parser.parse_args()
     kernels = dumped(arguments.module, arguments.cuobjdump)
     for (architecture, family), count in sorted(
@@ -122,7 +125,7 @@ def main() -> int:
     ):
         print(f"{architecture:8}  {family:16}  {count:4} kernels")
     with arguments.build_log.open(errors="replace") as log:
-        broken = list(faults(kernels, serialised(log)))
+        broken = list(faults(kernels, serialised(log), [*REQUIRED, *arguments.require]))
     for fault in broken:
         print(fault, file=sys.stderr)
     return 1 if broken else 0

@@ -31,10 +31,15 @@ build() {
   return "${PIPESTATUS[0]}"
 }
 
-# What the machine code must and must not have; $CUOBJDUMP names the program where it is not on the path.
+# What the machine code must and must not have; $CUOBJDUMP names the program where it is not on the path. A Hopper GPU is to
+# run its own kernels, for which the build needs the CUTLASS headers (QWEN_SPARSE_CUTLASS_DIR, or the wheel).
 check_sass() {
+  local hopper=()
+  if "$PYTHON" -c "import torch, sys; sys.exit(torch.cuda.get_device_capability() != (9, 0))"; then
+    hopper=(--require sm90::prefill)
+  fi
   "$PYTHON" bench/check_sass.py "$SITE"/qwen_sparse/_C*.so --build-log build/gpu-suite/build.log \
-    --cuobjdump "${CUOBJDUMP:-cuobjdump}"
+    --cuobjdump "${CUOBJDUMP:-cuobjdump}" "${hopper[@]}"
 }
 
 run_tests() { "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests.xml" tests; }

@@ -65,6 +65,8 @@ def test_rules() -> None:
 
     assert found() == found(warnings={}) == []
     assert list(faults(GOOD[1:], {})) == ["sm80::prefill: the module has no such kernel"]
+    required = [*REQUIRED, "sm90::prefill"]
+    assert list(faults(GOOD, {}, required)) == ["sm90::prefill: the module has no such kernel"]
     assert found(kernel("qwen_sparse::smxx::other()", "sm_80", LDL=3)) == []
     spilling = kernel("void qwen_sparse::sm80::select::kernel()", "sm_80", STL=3)
     assert found(spilling) == ["void qwen_sparse::sm80::select::kernel() (sm_80): 3 STL (local memory)"]
