@@ -5,10 +5,10 @@
 // to each other.
 // Warpgroups: 0 is the producer: one of its threads takes work items, walks their key tiles and has the copy engine
 // (TMA) fetch Q, K and V. 1 and 2 are consumers, each with one 64-row block: QK^T and PV by wgmma, accumulators and
-// weights in registers. The product QK^T of a tile and PV of the tile before run while the weights of neither are
-// needed; what then remains of the softmax overlaps the products of the other warpgroup, with which a consumer takes
-// turns at tiles that both attend. A consumer passes over tiles that its block does not attend without waiting for the
-// other one, as far as the stages reach.
+// weights in registers. QK^T of a tile is started together with PV of the tile before, and the softmax of the tile runs
+// under that PV. At tiles that both attend, the consumers take turns at starting products, so that one computes weights
+// while the other multiplies; a tile that its block does not attend, a consumer passes over without waiting for the
+// other one, as far as the stages reach (docs/hopper-kernel.md).
 // Shared memory: Q; stages of K and V, each with the description of its tile (Slot); barriers.
 //
 // Barriers: full ones count the producer's arrival and the bytes of a copy, empty ones the warps of both consumers. A
