@@ -52,7 +52,6 @@ def check_model(model: Qwen2Model, seed: int) -> list[dict[str, Any]]:
     """
     model = _cut(model)
     exact, plain = (_on_cpu(model, dtype) for dtype in (torch.float32, model.dtype))
-    exact = exact.with_options(kv_cache_dtype="auto")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=generator)
     rows = []
