@@ -25,7 +25,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,14 @@ import torch
 from torch import Tensor
 
 from checkpoint import SHAPES, write_checkpoint
-from indexes import add_index_arguments, clustered_indexes, describe_indexes, index_counts, read_budgets
+from indexes import (
+    add_index_arguments,
+    clustered_indexes,
+    describe_indexes,
+    index_counts,
+    read_budgets,
+    with_budgets,
+)
 from qwen_sparse import load_model, ops, prefill, reference
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.memory import default_chunk_tokens
@@ -83,10 +89,6 @@ def with_sizes(model: Qwen2Model, sets: IndexSets) -> Qwen2Model:
         slash_sizes=tuple(tuple(index_counts(indexes)) for indexes in slash),
     )
     return with_budgets(model, sparse)
-
-
-def with_budgets(model: Qwen2Model, sparse: SparseConfig) -> Qwen2Model:
-    return model.with_options(config=replace(model.config, sparse=sparse)).with_options(attention="sparse")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Random-weight checkpoints in the shapes of Qwen2.5, as files that every engine loads."""
+"""Random weights in the shapes of Qwen2.5: checkpoint files that every engine loads, and weights made on a device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from qwen_sparse.config import ModelConfig
+from qwen_sparse.loader import empty_weights
+from qwen_sparse.models.qwen2 import Qwen2Weights
 
 _COMMON = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -37,6 +41,48 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 STANDARD_DEVIATION = 0.02
 """Of every matrix and bias, as Qwen2 is initialised; norm weights are 1. Activations stay around 1."""
+
+BIAS_DEVIATION = 2.0
+"""Of the query and key biases of :func:`random_weights`; over 128 channels that is a norm of 23, the median of
+Qwen2.5-7B's key biases."""
+
+
+def model_config(shape: str, num_layers: int | None, **changes: object) -> ModelConfig:
+    """The config of a key of :data:`SHAPES`, with so many layers (all when None) and other values of config.json."""
+    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    return ModelConfig.from_dict({**_COMMON, **SHAPES[shape], "max_position_embeddings": 32768, **layers, **changes})
+
+
+@torch.no_grad()
+def random_weights(config: ModelConfig, device: torch.device, seed: int) -> Qwen2Weights:
+    """Weights made where they are used, one tensor at a time in the config's dtype.
+
+    Every matrix keeps the deviation of what it multiplies (1 / sqrt(inputs)); those that add to the residual have
+    1 / sqrt(2 layers) of that, so that it stays around 1 over all layers, as in GPT-2. Queries and keys get biases of
+    :data:`BIAS_DEVIATION`, which RoPE turns into scores that depend on distance, as in trained heads.
+    """
+    weights = empty_weights(config, config.dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    residual = (2 * config.num_layers) ** -0.5
+
+    def fill(matrix: Tensor, gain: float = 1.0) -> None:
+        matrix.normal_(std=gain * matrix.shape[1] ** -0.5, generator=generator)
+
+    weights.embedding.normal_(generator=generator)
+    if not config.tie_word_embeddings:
+        fill(weights.lm_head)
+    weights.norm.fill_(1)
+    for layer in weights.layers:
+        layer.input_norm.fill_(1)
+        layer.post_attention_norm.fill_(1)
+        fill(layer.qkv)
+        fill(layer.o, residual)
+        fill(layer.gate_up)
+        fill(layer.down, residual)
+        if layer.qkv_bias is not None:
+            layer.qkv_bias.normal_(std=BIAS_DEVIATION, generator=generator)
+            layer.qkv_bias[-config.num_kv_heads * config.head_dim :].zero_()  # v: would be common to all rows
+    return weights
 
 
 def write_checkpoint(workdir: Path, shape: str, num_layers: int | None, max_seqlen: int, seed: int) -> Path:

@@ -5,6 +5,12 @@
 #     OUT=bench/results/h200 bench/gpu_suite.sh                # all steps
 #     OUT=... bench/gpu_suite.sh build bench_decode            # some of them
 #
+# Not a step, since it takes minutes: a prompt of a million tokens, with what the step build made.
+#
+#     PYTHONPATH=build/gpu-suite/site python bench/bench_million.py --device cuda --time-limit 480 --output $OUT/million.json
+#
+# Set QWEN_SPARSE_REVISION to the commit where the files are a copy without git: each JSON names it.
+#
 # $PYTHON (python3) must import torch with CUDA, and have the build requirements, pytest and transformers; nothing is
 # installed into it. A step that fails does not stop the others; the exit status says whether any did.
 set -uo pipefail

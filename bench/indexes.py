@@ -7,6 +7,7 @@ trained model. Benchmarks take ``--density`` (sets drawn here) or ``--budgets`` 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_sparse.config import SparseConfig, read_json
+from qwen_sparse.models.qwen2 import Qwen2Model
 
 BLOCK_M = 64
 SINKS, BAND = 30, 100
@@ -122,18 +124,37 @@ def index_counts(indexes: Tensor) -> list[int]:
     return [int(count) for count in (indexes >= 0).sum(dim=1)]
 
 
+def attended_keys(columns: Tensor, slashes: Tensor, seqlen: int) -> Tensor:
+    """How many of ``seqlen`` keys the last row attends with index sets: int64 ``[num_heads]``, on their device."""
+    start = (seqlen - 1) // BLOCK_M * BLOCK_M
+    begins = start - slashes.long()
+    steps = torch.zeros(len(slashes), seqlen + 1, dtype=torch.int32, device=slashes.device)
+    exists = (slashes >= 0).int()
+    steps.scatter_add_(1, begins.clamp(0, seqlen), exists)
+    steps.scatter_add_(1, (begins + BLOCK_M).clamp(0, seqlen), -exists)
+    attended = steps.cumsum(1, dtype=torch.int32) > 0
+    attended.scatter_(1, torch.where(columns >= 0, columns, seqlen).long(), True)  # the place behind: for absent ones
+    return attended[:, :seqlen].sum(1)
+
+
+def evenly_spaced(available: int, wanted: int) -> list[int]:
+    """Numbers below ``available``, evenly spaced, each in the middle of its share."""
+    return [(2 * i + 1) * available // (2 * wanted) for i in range(wanted)]
+
+
 def read_budgets(path: Path, num_layers: int, num_heads: int) -> SparseConfig:
     """Budgets of evenly spaced layers and heads of a published file, for a model with fewer of them."""
     layers = read_json(path)
-
-    def spread(available: int, wanted: int) -> list[int]:
-        return [(2 * i + 1) * available // (2 * wanted) for i in range(wanted)]
-
     chosen = [
-        {str(head): layer[str(source)] for head, source in enumerate(spread(len(layer), num_heads))}
-        for layer in (layers[i] for i in spread(len(layers), num_layers))
+        {str(head): layer[str(source)] for head, source in enumerate(evenly_spaced(len(layer), num_heads))}
+        for layer in (layers[i] for i in evenly_spaced(len(layers), num_layers))
     ]
     return SparseConfig.from_budgets(chosen, num_layers=num_layers, num_heads=num_heads, threshold=0)
+
+
+def with_budgets(model: Qwen2Model, sparse: SparseConfig) -> Qwen2Model:
+    """The model with sparse attention by these budgets, for prompts of any length."""
+    return model.with_options(config=replace(model.config, sparse=sparse)).with_options(attention="sparse")
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:

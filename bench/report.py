@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,17 @@ def environment() -> dict[str, str | None]:
     """The variables of :data:`ENVIRONMENT`, and what torch made of the first."""
     chosen: dict[str, str | None] = {name: os.environ.get(name) for name in ENVIRONMENT}
     return {**chosen, "torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def revision() -> str | None:
+    """The commit that ran, with "-dirty" if files were changed: ``QWEN_SPARSE_REVISION`` (for a copy of the files on
+    another machine), else what git says; None where neither is there."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        said = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        said = None
+    return os.environ.get("QWEN_SPARSE_REVISION") or said
 
 
 def print_environment() -> None:
@@ -119,6 +131,7 @@ def finish(
     options = {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
     record = {
         "benchmark": benchmark,
+        "revision": revision(),
         "machine": machine(getattr(arguments, "device", None)),
         "environment": environment(),
         "options": options,

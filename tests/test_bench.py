@@ -15,6 +15,8 @@ import torch
 
 from conftest import TINY, budgets
 from qwen_sparse import reference
+from qwen_sparse.memory import weight_elements
+from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.reference import vertical_slash_mask
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -22,15 +24,21 @@ sys.path.append(str(BENCH))
 
 import flashinfer_peer  # noqa: E402
 from bench_attention import block_attention  # noqa: E402
+from bench_million import linear_flop  # noqa: E402
+from check_model import check_model  # noqa: E402
+from checkpoint import BIAS_DEVIATION, model_config, random_weights  # noqa: E402
+from find_budgets import find_budgets  # noqa: E402
 from indexes import (  # noqa: E402
     BAND,
     SINKS,
+    attended_keys,
     blocks_density,
     clustered_indexes,
     index_counts,
     occupied_blocks,
     read_budgets,
 )
+from one_layer import sdpa_chunk  # noqa: E402
 from plot import spread  # noqa: E402
 from report import working  # noqa: E402
 
@@ -215,6 +223,161 @@ def test_prefill_and_its_plot(tmp_path: Path) -> None:
         [sys.executable, str(BENCH / "plot.py"), str(output), "--output", str(image)], check=True, capture_output=True
     )
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+MILLION = ["--shape", "tiny", "--tokens", "2048", "--chunk-tokens", "512", "--chunk-size", "768", "--local-size", "256"]
+
+
+def by_figure(record: dict[str, Any], figure: str, name: str) -> dict[str, dict[str, Any]]:
+    return {row[name]: row for row in record["rows"] if row["figure"] == figure}
+
+
+def test_million(tmp_path: Path) -> None:
+    output = tmp_path / "million.json"
+    sizes = [*MILLION, "--density", "0.5", "--new-tokens", "8", "--dense-tokens", "1024"]
+    record = run("bench_million.py", *sizes, "--output", str(output))
+    assert record == json.loads(output.read_text())
+    assert record["benchmark"] == "million"
+    assert record["revision"]
+    assert record["not_measured"] == []
+    assert len(by_figure(record, "check", "of")) == 3
+
+    prefills = by_figure(record, "prefill", "attention")
+    assert set(prefills) == {"vertical-slash", "dense"}
+    sparse, dense = prefills["vertical-slash"], prefills["dense"]
+    assert sparse["complete"]
+    assert [chunk["end"] for chunk in sparse["chunks"]] == [512, 1024, 1536, 2048]
+    assert sparse["density"] == pytest.approx(0.5, abs=0.1)
+    assert sparse["seconds"] == pytest.approx(sum(chunk["seconds"] for chunk in sparse["chunks"]))
+    for row in (sparse, dense):
+        assert sum(row["phases"].values()) + row["outside_phases"] == pytest.approx(row["seconds"])
+        assert all((row["phases"][phase] > 0) == (row is sparse or phase != "selection") for phase in row["phases"])
+        # One of two layers attends; the last row of the prompt in both.
+        assert sum(chunk["causal_pairs"] for chunk in row["chunks"]) == 2 * pairs(row["reached"]) + 2 * row["reached"]
+    assert (dense["reached"], dense["density"]) == (1024, 1.0)
+    estimate = sparse["memory"]["estimate"]
+    assert estimate["total"] == sum(size for name, size in estimate.items() if name != "total")
+    assert sparse["memory"]["peak_resident"] > estimate["total"]
+
+    (decode,) = by_figure(record, "decode", "keys").values()
+    assert (decode["keys"], decode["seconds"]["repeats"]) == (2048, 8 - 1 - 3)
+    layers = by_figure(record, "one layer", "kernel")
+    assert set(layers) == {"vertical-slash, selection included", "dense", "torch SDPA"}
+    assert all((row["rows"], row["keys"]) == (512, 2048) for row in layers.values())
+    extrapolated = by_figure(record, "dense prefill", "attention")
+    assert set(extrapolated) == {"dense", "torch SDPA"}
+    for name, row in extrapolated.items():
+        assert row["extrapolated"]
+        assert "causal pair" in row["rule"]
+        per_pair = layers[name]["seconds"]["median"] / layers[name]["causal_pairs"]
+        assert row["attention_seconds"] == pytest.approx(per_pair * (2 * pairs(2048) + 2 * 2048))
+
+
+def pairs(seqlen: int) -> int:
+    return seqlen * (seqlen + 1) // 2
+
+
+def test_million_stops_at_its_time_limit(tmp_path: Path) -> None:
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps([budgets(TINY, 40, 120)[0]] * 4))
+    options = ["--budgets", str(file), "--time-limit", "0.001", "--layers", "3", "--no-check", "--skip-sdpa"]
+    record = run("bench_million.py", *MILLION, *options)
+    assert by_figure(record, "budgets", "vertical_size").keys() == {40}
+    (sparse,) = by_figure(record, "prefill", "attention").values()
+    assert (sparse["complete"], sparse["reached"], sparse["tokens"]) == (False, 512, 2048)
+    assert {row["kernel"] for row in record["not_measured"]} == {"decode", "one layer", "dense prefill"}
+    assert all("--time-limit" in row["reason"] for row in record["not_measured"])
+    assert {row["figure"] for row in record["rows"]} == {"budgets", "prefill"}
+
+
+def test_million_leaves_out_what_is_not_wanted() -> None:
+    options = ["--density", "0.5", "--no-check", "--skip-dense", "--skip-sdpa", "--skip-decode"]
+    record = run("bench_million.py", *MILLION, *options)
+    assert {row["figure"] for row in record["rows"]} == {"budgets", "prefill"}
+    assert record["not_measured"] == []
+
+
+def tiny_model(**changes: object) -> Qwen2Model:
+    dual_chunk = {"chunk_size": 768, "local_size": 256, "original_max_position_embeddings": 768}
+    config = model_config("tiny", None, dual_chunk_attention_config=dual_chunk, **changes)
+    weights = random_weights(config, torch.device("cpu"), seed=0)
+    return Qwen2Model(config, weights, config.dtype, torch.device("cpu"), kv_cache_dtype="int8")
+
+
+@pytest.mark.parametrize("op", ["attention", "dual_chunk_attention", "decode_attention", "gather_kv"])
+def test_check_of_a_model_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    model, right = tiny_model(), getattr(torch.ops.qwen_sparse, op)
+    check_model(model, seed=0)
+
+    def wrong(*args: Any) -> Any:
+        """The values of another key."""
+        shifted = list(args)
+        place = next(i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.shape[-2] == 2 and i > 0)
+        shifted[place] = args[place].roll(1, 0)
+        return right(*shifted)
+
+    monkeypatch.setattr(torch.ops.qwen_sparse, op, wrong)
+    with pytest.raises(AssertionError, match="error"):
+        check_model(model, seed=0)
+
+
+def test_random_weights_keep_activations_in_range() -> None:
+    model = tiny_model(num_hidden_layers=28, tie_word_embeddings=False)
+    config, layer = model.config, model.weights.layers[5]
+    assert layer.qkv_bias is not None
+    assert layer.qkv.float().std() == pytest.approx(config.hidden_size**-0.5, rel=0.05)
+    q_and_k, v = layer.qkv_bias.split([4 * config.head_dim, 2 * config.head_dim])
+    assert q_and_k.float().std() == pytest.approx(BIAS_DEVIATION, rel=0.2)
+    assert not v.any()
+    logits = model.forward(torch.arange(256), model.new_cache(), output="all")
+    assert logits is not None
+    assert logits.std() == pytest.approx(1, rel=0.2)
+    again = tiny_model(num_hidden_layers=28, tie_word_embeddings=False)
+    assert torch.equal(again.weights.layers[27].down, model.weights.layers[27].down)
+
+
+def test_linear_flop_counts_every_weight() -> None:
+    config = tiny_model(tie_word_embeddings=False).config
+    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    not_multiplied = config.vocab_size * config.hidden_size + config.hidden_size
+    not_multiplied += config.num_layers * (2 * config.hidden_size + qkv_rows)
+    assert linear_flop(config, 7, 7) == 2 * 7 * (weight_elements(config) - not_multiplied)
+    left_out = config.hidden_size * (config.num_heads * config.head_dim + 3 * config.intermediate_size)
+    left_out += config.vocab_size * config.hidden_size
+    assert linear_flop(config, 7, 0) == linear_flop(config, 7, 7) - 2 * 7 * left_out
+
+
+def test_found_budgets_attend_about_the_density() -> None:
+    model = tiny_model()
+    for density in (0.3, 0.6):
+        found = find_budgets(model, 2048, 256, density, seed=0)
+        assert 0 < found.columns_outside_runs <= 1
+        assert found.runs >= 1
+        assert found.density < density  # of the last row: earlier ones attend more
+    with pytest.raises(ValueError, match=r"density must be at least .*, got 1\.00%"):
+        find_budgets(model, 2048, 256, 0.01, seed=0)
+
+
+@pytest.mark.parametrize("seqlen", [130, 512, 700])
+def test_attended_keys(seqlen: int) -> None:
+    columns = torch.tensor([[0, 3, 99, 129], [5, 64, -1, -1], [-1, -1, -1, -1]], dtype=torch.int32)
+    slashes = torch.tensor([[0, 1, 70, 129], [0, -1, -1, -1], [63, 64, 128, -1]], dtype=torch.int32)
+    expected = vertical_slash_mask(columns, slashes, 1, seqlen).sum((1, 2))
+    assert torch.equal(attended_keys(columns, slashes, seqlen), expected)
+
+
+def test_sdpa_of_a_chunk_attends_all_causal_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(64, 4, 32, generator=generator)
+    k, v = torch.randn(2, 200, 2, 32, generator=generator)
+    past, own = (x[0].transpose(0, 1) for x in sdpa_chunk(q, k, v, 0.3, None) if x is not None)
+    options: dict[str, Any] = {"softmax_scale": 0.3, "return_lse": True, "compute_dtype": torch.float32}
+    expected, lse = reference.attention(q, k, v, **options)
+    _, past_lse = reference.attention(q, k[:136], v[:136], causal=False, **options)
+    merged = past * torch.exp(past_lse - lse)[..., None] + own * (1 - torch.exp(past_lse - lse))[..., None]
+    torch.testing.assert_close(merged, expected)
+    only_own = sdpa_chunk(q, k[:64], v[:64], 0.3, None)
+    assert only_own[0] is None
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def load_model(
         max_seq_len = config.max_position_embeddings
     model = Qwen2Model(  # no weights yet: every argument is checked before they are read
         config=config,
-        weights=_empty_weights(config, resolved_dtype, torch.device("meta")),
+        weights=empty_weights(config, resolved_dtype, torch.device("meta")),
         dtype=resolved_dtype,
         device=resolved_device,
         kv_cache_dtype=kv_cache_dtype,
@@ -153,7 +153,8 @@ def _existing_gpu(name: str, built: bool) -> torch.device:
     return resolved
 
 
-def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+    """Weights of a config's shapes on a device, not initialised."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, intermediate = config.hidden_size, config.intermediate_size
 
@@ -266,8 +267,8 @@ def _check_tensors(stored: dict[str, _Stored], targets: dict[str, Tensor], confi
 def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
     files = _weight_files(directory)
     stored = _stored_tensors(files)
-    _check_tensors(stored, dict(_targets(config, _empty_weights(config, dtype, torch.device("meta")))), config)
-    weights = _empty_weights(config, dtype, device)
+    _check_tensors(stored, dict(_targets(config, empty_weights(config, dtype, torch.device("meta")))), config)
+    weights = empty_weights(config, dtype, device)
     targets = dict(_targets(config, weights))
     for file in files:
         with safe_open(file, framework="pt") as tensors:
