@@ -27,6 +27,9 @@ QWEN_SPARSE_LIBRARY(QWEN_SPARSE_OP_NAMESPACE, m) {
       "select_vertical_slash(Tensor q, Tensor k, int[] vertical_size, int[] slash_size, int last_q,"
       " float softmax_scale, Tensor? q_succ, Tensor? q_inter, int? chunk_len)"
       " -> (Tensor vertical_indexes, Tensor slash_indexes)");
+  m.def(
+      "vertical_slash_scores(Tensor q, Tensor k, int last_q, float softmax_scale, Tensor? q_succ, Tensor? q_inter,"
+      " int? chunk_len) -> (Tensor vertical_scores, Tensor slash_scores)");
   m.def("top_indexes(Tensor scores, int[] sizes, int num_forced) -> Tensor");
   m.def(
       "rotary(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, float attention_factor)"
@@ -62,6 +65,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("vertical_slash_attention", TORCH_BOX(&api::vertical_slash_attention));
   m.impl("dual_chunk_attention", TORCH_BOX(&api::dual_chunk_attention));
   m.impl("select_vertical_slash", TORCH_BOX(&api::select_vertical_slash));
+  m.impl("vertical_slash_scores", TORCH_BOX(&api::vertical_slash_scores));
   m.impl("top_indexes", TORCH_BOX(&api::top_indexes));
   m.impl("rotary", TORCH_BOX(&api::rotary));
   m.impl("rotary_dual_chunk", TORCH_BOX(&api::rotary_dual_chunk));

@@ -29,6 +29,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "vertical_slash_attention": (q, k, v, COLUMNS, SLASHES, 0.125),
     "dual_chunk_attention": (q, q, q, k, v, 64, COLUMNS, SLASHES, 0.125),
     "select_vertical_slash": (q, k, [5, 50, 0, 9], [9] * 4, 64, 0.125, q, q, 64),
+    "vertical_slash_scores": (q, k, 64, 0.125, q, q, 64),
     "top_indexes": (torch.randn(4, 200), [5, 50, 0, 300], 9),
     "rotary": (q, k[:70], POSITIONS, INV_FREQ, 1.0),
     "rotary_dual_chunk": (q, k[:70], POSITIONS, INV_FREQ, 1.0, 128, 64, 64),

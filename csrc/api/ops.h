@@ -29,7 +29,10 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
                                                  const std::vector<int64_t>& slash_size, int64_t last_q,
                                                  double softmax_scale, const OptionalTensor& q_succ,
                                                  const OptionalTensor& q_inter, std::optional<int64_t> chunk_len);
-// The selection's last step alone; tests and benchmarks call it, ops.py does not wrap it.
+std::tuple<Tensor, Tensor> vertical_slash_scores(const Tensor& q, const Tensor& k, int64_t last_q, double softmax_scale,
+                                                 const OptionalTensor& q_succ, const OptionalTensor& q_inter,
+                                                 std::optional<int64_t> chunk_len);
+// The selection's last step alone; ops.py does not wrap it.
 Tensor top_indexes(const Tensor& scores, const std::vector<int64_t>& sizes, int64_t num_forced);
 
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& inv_freq,

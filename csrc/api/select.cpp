@@ -6,8 +6,6 @@
 namespace qwen_sparse::api {
 namespace {
 
-constexpr const char* kOp = "select_vertical_slash";
-
 Rows last_rows(const Tensor& q, int64_t rows) {
   Rows result = rows_of(q);
   const int64_t skipped = q.size(0) - rows;
@@ -19,6 +17,50 @@ void check_sizes(const char* op, const char* name, const std::vector<int64_t>& s
   check(static_cast<int64_t>(sizes.size()) == num_heads, op, name, " must hold num_heads = ", num_heads, " sizes, got ",
         sizes.size());
   for (const int64_t size : sizes) check(size >= 0, op, name, " must not be negative, got ", size);
+}
+
+struct Scores {
+  Tensor vertical, slash;  // float32 [num_heads, seqlen_k]
+};
+
+Scores score(const char* op, const Device& device, const Tensor& q, const Tensor& k, int64_t last_q,
+             double softmax_scale, const OptionalTensor& q_succ, const OptionalTensor& q_inter,
+             std::optional<int64_t> chunk_len) {
+  SelectParams params;
+  params.shape = check_qkv(op, "q", q, k, nullptr);
+  AttentionShape& shape = params.shape;
+  check(last_q > 0 && last_q <= kMaxLastQ, op, "last_q must lie in [1, ", kMaxLastQ, "], got ", last_q);
+  check(shape.seqlen_q > 0, op, "q must have at least one row, got shape ", shape_of(q));
+  shape.seqlen_q = std::min(last_q, shape.seqlen_q);
+  check(shape.seqlen_k >= shape.seqlen_q, op, "k must have at least as many rows as vote (", shape.seqlen_q, "), got ",
+        shape.seqlen_k);
+  check_together(op, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
+  check_together(op, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
+
+  params.dtype = check_attention_dtype(op, "q", q, device);
+  params.q_intra = last_rows(q, shape.seqlen_q);
+  params.k = rows_of(k);
+  params.softmax_scale = check_softmax_scale(op, softmax_scale);
+  if (chunk_len.has_value()) {
+    params.chunk_len = check_chunk_len(op, *chunk_len);
+    for (const auto& [name, rotated] : {std::pair{"q_succ", &*q_succ}, std::pair{"q_inter", &*q_inter}}) {
+      check_shape(op, name, *rotated, {{"rows"}, {"num_heads", shape.num_heads}, {"head_dim", shape.head_dim}});
+      check_dtype(op, name, *rotated, q.scalar_type());
+      check(rotated->size(0) >= shape.seqlen_q, op, name, " must have at least as many rows as vote (", shape.seqlen_q,
+            "), got ", rotated->size(0));
+    }
+    params.q_succ = last_rows(*q_succ, shape.seqlen_q);
+    params.q_inter = last_rows(*q_inter, shape.seqlen_q);
+  }
+
+  Scores scores{empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float),
+                empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float)};
+  params.vertical_scores = static_cast<float*>(scores.vertical.mutable_data_ptr());
+  params.slash_scores = static_cast<float*>(scores.slash.mutable_data_ptr());
+  Workspace workspace(q, device.backend().select_workspace(params));
+  workspace.attach(params);
+  device.backend().select_scores(params, device.launch());
+  return scores;
 }
 
 }  // namespace
@@ -49,49 +91,28 @@ Tensor top_indexes(const Tensor& scores, const std::vector<int64_t>& sizes, int6
   return indexes;
 }
 
+std::tuple<Tensor, Tensor> vertical_slash_scores(const Tensor& q, const Tensor& k, int64_t last_q, double softmax_scale,
+                                                 const OptionalTensor& q_succ, const OptionalTensor& q_inter,
+                                                 std::optional<int64_t> chunk_len) {
+  constexpr const char* kOp = "vertical_slash_scores";
+  const Device device = check_device(kOp, {{"q", q}, {"k", k}, {"q_succ", q_succ}, {"q_inter", q_inter}});
+  Scores scores = score(kOp, device, q, k, last_q, softmax_scale, q_succ, q_inter, chunk_len);
+  return {scores.vertical, scores.slash};
+}
+
 std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& k,
                                                  const std::vector<int64_t>& vertical_size,
                                                  const std::vector<int64_t>& slash_size, int64_t last_q,
                                                  double softmax_scale, const OptionalTensor& q_succ,
                                                  const OptionalTensor& q_inter, std::optional<int64_t> chunk_len) {
+  constexpr const char* kOp = "select_vertical_slash";
   const Device device = check_device(kOp, {{"q", q}, {"k", k}, {"q_succ", q_succ}, {"q_inter", q_inter}});
-  SelectParams params;
-  params.shape = check_qkv(kOp, "q", q, k, nullptr);
-  AttentionShape& shape = params.shape;
-  check(last_q > 0 && last_q <= kMaxLastQ, kOp, "last_q must lie in [1, ", kMaxLastQ, "], got ", last_q);
-  check(shape.seqlen_q > 0, kOp, "q must have at least one row, got shape ", shape_of(q));
-  shape.seqlen_q = std::min(last_q, shape.seqlen_q);
-  check(shape.seqlen_k >= shape.seqlen_q, kOp, "k must have at least as many rows as vote (", shape.seqlen_q, "), got ",
-        shape.seqlen_k);
-  check_sizes(kOp, "vertical_size", vertical_size, shape.num_heads);
-  check_sizes(kOp, "slash_size", slash_size, shape.num_heads);
-  check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
-  check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
-
-  params.dtype = check_attention_dtype(kOp, "q", q, device);
-  params.q_intra = last_rows(q, shape.seqlen_q);
-  params.k = rows_of(k);
-  params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
-  if (chunk_len.has_value()) {
-    params.chunk_len = check_chunk_len(kOp, *chunk_len);
-    for (const auto& [name, rotated] : {std::pair{"q_succ", &*q_succ}, std::pair{"q_inter", &*q_inter}}) {
-      check_shape(kOp, name, *rotated, {{"rows"}, {"num_heads", shape.num_heads}, {"head_dim", shape.head_dim}});
-      check_dtype(kOp, name, *rotated, q.scalar_type());
-      check(rotated->size(0) >= shape.seqlen_q, kOp, name, " must have at least as many rows as vote (", shape.seqlen_q,
-            "), got ", rotated->size(0));
-    }
-    params.q_succ = last_rows(*q_succ, shape.seqlen_q);
-    params.q_inter = last_rows(*q_inter, shape.seqlen_q);
-  }
-
-  Tensor vertical = empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  Tensor slash = empty(q, {shape.num_heads, shape.seqlen_k}, ScalarType::Float);
-  params.vertical_scores = static_cast<float*>(vertical.mutable_data_ptr());
-  params.slash_scores = static_cast<float*>(slash.mutable_data_ptr());
-  Workspace workspace(q, device.backend().select_workspace(params));
-  workspace.attach(params);
-  device.backend().select_scores(params, device.launch());
-  return {top_indexes(vertical, vertical_size, kNumForcedColumns), top_indexes(slash, slash_size, kNumForcedDistances)};
+  const int64_t num_heads = check_qkv(kOp, "q", q, k, nullptr).num_heads;
+  check_sizes(kOp, "vertical_size", vertical_size, num_heads);
+  check_sizes(kOp, "slash_size", slash_size, num_heads);
+  const Scores scores = score(kOp, device, q, k, last_q, softmax_scale, q_succ, q_inter, chunk_len);
+  return {top_indexes(scores.vertical, vertical_size, kNumForcedColumns),
+          top_indexes(scores.slash, slash_size, kNumForcedDistances)};
 }
 
 }  // namespace qwen_sparse::api

@@ -77,6 +77,20 @@ def _select_vertical_slash(
     return indexes(vertical_size), indexes(slash_size)
 
 
+@_fake("vertical_slash_scores")
+def _vertical_slash_scores(
+    q: Tensor,
+    k: Tensor,
+    last_q: int,
+    softmax_scale: float,
+    q_succ: Tensor | None,
+    q_inter: Tensor | None,
+    chunk_len: int | None,
+) -> tuple[Tensor, Tensor]:
+    shape = q.shape[1], k.shape[0]
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
 @_fake("top_indexes")
 def _top_indexes(scores: Tensor, sizes: Sequence[int], num_forced: int) -> Tensor:
     return scores.new_empty(scores.shape[0], _min(max(sizes), scores.shape[1]), dtype=torch.int32)

@@ -76,6 +76,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     attention = engine.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
     attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    engine.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
     _add_device(engine)
     engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
@@ -110,6 +111,7 @@ def _run_generate(args: argparse.Namespace) -> int:
         kv_cache_dtype=args.kv_cache_dtype,
         max_seq_len=args.max_seq_len,
         attention=args.attention or "auto",
+        coverage=args.coverage,
     )
     pieces = generate_text(
         model,

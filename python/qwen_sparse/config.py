@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,18 @@ class DualChunkConfig:
         )
 
 
+COVERAGE_CEILING = 8192
+"""Most columns, and most distances, of a head whose sets are chosen by coverage; published budgets end at 8144."""
+
+
+def check_coverage(coverage: float) -> None:
+    """Raises:
+    ValueError: not in (0, 1).
+    """
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage must lie in (0, 1), got {coverage}")
+
+
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
     """Budgets of vertical-slash attention (MInference): how many columns and distances each head gets."""
@@ -219,6 +231,24 @@ class SparseConfig:
     """Prompts up to this many tokens run dense."""
     last_q: int = 64
     """Query rows that vote in the selection; at most 64."""
+    coverage: float | None = None
+    """Share of the voting rows' attention that a head's sets are chosen for, in (0, 1); the sizes are ceilings then."""
+
+    def __post_init__(self) -> None:
+        if self.coverage is not None:
+            check_coverage(self.coverage)
+
+    @classmethod
+    def from_coverage(
+        cls, coverage: float, *, num_layers: int, num_heads: int, threshold: int = 32768, last_q: int = 64
+    ) -> SparseConfig:
+        """No budgets: every head takes what reaches ``coverage``, up to 8192 columns and 8192 distances.
+
+        Raises:
+            ValueError: ``coverage`` is not in (0, 1).
+        """
+        ceilings = ((COVERAGE_CEILING,) * num_heads,) * num_layers
+        return cls(ceilings, ceilings, threshold=threshold, last_q=last_q, coverage=coverage)
 
     @classmethod
     def from_budgets(
@@ -295,6 +325,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dual_chunk: DualChunkConfig | None = None
     sparse: SparseConfig | None = None
+
+    def with_coverage(self, coverage: float) -> ModelConfig:
+        """The same with index sets chosen by coverage instead of budgets; threshold and voting rows stay.
+
+        Raises:
+            ValueError: ``coverage`` is not in (0, 1).
+        """
+        kept = {} if self.sparse is None else {"threshold": self.sparse.threshold, "last_q": self.sparse.last_q}
+        sparse = SparseConfig.from_coverage(coverage, num_layers=self.num_layers, num_heads=self.num_heads, **kept)
+        return replace(self, sparse=sparse)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, budgets: object = None) -> ModelConfig:

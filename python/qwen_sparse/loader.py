@@ -33,6 +33,7 @@ def load_model(
     kv_cache_dtype: str = "auto",
     max_seq_len: int | None = None,
     attention: AttentionMode = "auto",
+    coverage: float | None = None,
 ) -> Qwen2Model:
     """Load a Qwen2/Qwen2.5 checkpoint.
 
@@ -47,6 +48,8 @@ def load_model(
             Attention, which have no longest position; max_position_embeddings for others.
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
             longer than their threshold; "dense" never; "sparse" always.
+        coverage: share of attention, in (0, 1), that sparse prefill chooses its index sets for, per head and prefill
+            chunk; the checkpoint needs no budgets then, and its own are not used. None: budgets.
 
     Raises:
         FileNotFoundError: there is no such directory, config or weight file.
@@ -59,6 +62,8 @@ def load_model(
     """
     directory = resolve_directory(path)
     config = ModelConfig.from_directory(directory)
+    if coverage is not None:
+        config = config.with_coverage(coverage)
     resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
     resolved_device = resolve_device(device, resolved_dtype)
     if max_seq_len is None and config.dual_chunk is None:

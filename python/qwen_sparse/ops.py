@@ -34,6 +34,7 @@ __all__ = [
     "select_vertical_slash",
     "store_kv",
     "vertical_slash_attention",
+    "vertical_slash_scores",
 ]
 
 _ops = torch.ops.qwen_sparse
@@ -240,6 +241,34 @@ def select_vertical_slash(
         q_succ,
         q_inter,
         chunk_len,
+    )
+    return vertical, slash
+
+
+def vertical_slash_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    last_q: int = 64,
+    softmax_scale: float | None = None,
+    q_succ: Tensor | None = None,
+    q_inter: Tensor | None = None,
+    chunk_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`select_vertical_slash` chooses by: attention weights of the last rows, summed up.
+
+    Args:
+        q, k, last_q, softmax_scale, q_succ, q_inter, chunk_len: as of :func:`select_vertical_slash`.
+
+    Returns:
+        ``(vertical_scores, slash_scores)``, float32 ``[num_heads, seqlen_k]``: by column, and by distance from the
+        last row's own key. Each sums up to the number of rows that vote.
+
+    Raises:
+        ValueError: a shape or dtype rule is broken, or DCA arguments are incomplete.
+    """
+    vertical, slash = _ops.vertical_slash_scores(
+        q, k, last_q, _scale(softmax_scale, q.shape[-1]), q_succ, q_inter, chunk_len
     )
     return vertical, slash
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import ops, rope
 from ..config import ModelConfig
+from ..coverage import select_by_coverage
 from ..kv_cache import KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
 from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
@@ -144,7 +145,7 @@ class Qwen2Model:
         if self.attention == "sparse" and self.config.sparse is None:
             raise ValueError(
                 "attention 'sparse' needs budgets (sparse_attention_config.json beside the model, or "
-                "sparse_attention_config inside dual_chunk_attention_config); this model has none"
+                "sparse_attention_config inside dual_chunk_attention_config) or a coverage; this model has none"
             )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ValueError(f"max_seq_len must be >= 1 or None, got {self.max_seq_len}")
@@ -156,20 +157,22 @@ class Qwen2Model:
         attention: AttentionMode | None = None,
         kv_cache_dtype: str | None = None,
         config: ModelConfig | None = None,
+        coverage: float | None = None,
     ) -> Qwen2Model:
-        """The same weights with another attention, cache dtype or config (its sizes must stay).
+        """The same weights with another attention, cache dtype, config (its sizes must stay) or coverage.
 
         Example:
             >>> plain = model.with_options(config=dataclasses.replace(model.config, dual_chunk=None))
 
         Raises:
-            ValueError: an unknown value, or sparse attention without budgets.
+            ValueError: an unknown value, or sparse attention without budgets and without coverage.
         """
+        config = self.config if config is None else config
         return replace(
             self,
             attention=self.attention if attention is None else attention,
             kv_cache_dtype=self.kv_cache_dtype if kv_cache_dtype is None else kv_cache_dtype,
-            config=self.config if config is None else config,
+            config=config if coverage is None else config.with_coverage(coverage),
         )
 
     @cached_property
@@ -395,17 +398,20 @@ class Qwen2Model:
             raise ValueError("forward: sparse needs budgets, and this model has none")
         k, v = step.cache.workspace(layer, num_keys)
         step.stats.lap("cache")
-        vertical, slash = ops.select_vertical_slash(
-            q.q,
-            k,
-            vertical_size=sparse.vertical_sizes[layer],
-            slash_size=sparse.slash_sizes[layer],
-            last_q=sparse.last_q,
-            softmax_scale=step.scale,
-            q_succ=q.q_succ_critical,
-            q_inter=q.q_inter_critical,
-            chunk_len=q.chunk_len,
-        )
+        voting: dict[str, Any] = {
+            "last_q": sparse.last_q,
+            "softmax_scale": step.scale,
+            "q_succ": q.q_succ_critical,
+            "q_inter": q.q_inter_critical,
+            "chunk_len": q.chunk_len,
+        }
+        columns, distances = sparse.vertical_sizes[layer], sparse.slash_sizes[layer]
+        if sparse.coverage is None:
+            vertical, slash = ops.select_vertical_slash(q.q, k, vertical_size=columns, slash_size=distances, **voting)
+        else:
+            vertical, slash, _ = select_by_coverage(
+                q.q, k, coverage=sparse.coverage, max_vertical=max(columns), max_slash=max(distances), **voting
+            )
         step.stats.lap("selection")
         # The torch ops, not their wrappers: they also count what was attended.
         q = q.last(rows)
