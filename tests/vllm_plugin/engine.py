@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import DUAL_CHUNK, TINY, budgets, random_tensors, save_tensors
 from torch import Tensor
 
 import qwen_sparse
+from conftest import DUAL_CHUNK, TINY, budgets, random_tensors, save_tensors
 
 CONFIG: dict[str, Any] = {
     **TINY,
@@ -72,23 +72,14 @@ def environment(**changes: str) -> dict[str, str]:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
     return {**os.environ, **settings, **changes}
 
 
-class EngineError(Exception):
-    """The engine ended with an error; the text is its output."""
-
-
-def run_engine(
-    model: Path, steps: Sequence[Step], *, in_process: bool = True, env: dict[str, str] | None = None, **options: Any
-) -> dict[str, Any]:
-    """Results of ``engine_job.py``; ``in_process`` keeps the engine, and with one worker that too, in one process.
-
-    Raises:
-        EngineError: it failed.
-    """
+def engine(model: Path, steps: Sequence[Step], *, may_fail: bool = False, **options: Any) -> dict[str, Any]:
+    """What ``engine_job.py`` takes; ``options`` of ``vllm.LLM`` beside the common ones."""
     defaults = {
         "model": str(model),
         "dtype": "float32",
@@ -99,17 +90,24 @@ def run_engine(
         "enforce_eager": True,
         "enable_prefix_caching": False,
     }
-    job = {"options": {**defaults, **options}, "steps": [vars(step) for step in steps]}
-    job_file, result = model / "job.json", model / "result.pt"
-    job_file.write_text(json.dumps(job))
-    settings = environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1", **(env or {}))
-    done = subprocess.run(
-        [sys.executable, str(JOB), str(job_file), str(result)], env=settings, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise EngineError(done.stdout + done.stderr)
-    loaded: dict[str, Any] = torch.load(result)
+    return {"options": {**defaults, **options}, "steps": [vars(step) for step in steps], "may_fail": may_fail}
+
+
+def run_engines(engines: Sequence[dict[str, Any]], *, workers: int = 1, **env: str) -> list[dict[str, Any]]:
+    """Results of ``engine_job.py``, one after another in a process with ``env``; several workers have their own."""
+    directory = Path(engines[0]["options"]["model"])
+    job_file, result = directory / "job.json", directory / "result.pt"
+    job_file.write_text(json.dumps(list(engines)))
+    several = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if workers > 1 else {}
+    settings = environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(workers > 1)), **several, **env)
+    subprocess.run([sys.executable, str(JOB), str(job_file), str(result)], env=settings, check=True)  # pytest shows why
+    loaded: list[dict[str, Any]] = torch.load(result)
     return loaded
+
+
+def run_engine(model: Path, steps: Sequence[Step], *, workers: int = 1, **options: Any) -> dict[str, Any]:
+    """:func:`run_engines` with one engine."""
+    return run_engines([engine(model, steps, **options)], workers=workers)[0]
 
 
 class Reference:

@@ -1,10 +1,10 @@
-"""Runs one vLLM engine in a process of its own, for test_engine.py: ``python engine_job.py JOB.json RESULT.pt``.
+"""Runs vLLM engines one after another in this process, for test_engine.py: ``python engine_job.py JOB.json RESULT.pt``.
 
-The job: ``options`` of ``vllm.LLM``, and ``steps``, a list of ``{"prompts": [[token ids]], "max_tokens": n}`` (one call
-of ``generate`` each). The result: ``steps``, for each a list of requests with ``tokens``, ``logprobs [n, vocab]`` of
+The job is a list of engines. Each has ``options`` of ``vllm.LLM``, and ``steps``, a list of ``{"prompts": [[token ids]], "max_tokens": n}`` (one
+call of ``generate`` each). The result has for each engine ``steps``, for each a list of requests with ``tokens``, ``logprobs [n, vocab]`` of
 what was generated, ``prompt_logprobs [prompt - 1, vocab]`` unless prefix caching is on, and ``num_cached_tokens``;
 ``batches``, the batches that the plugin saw, as (decode steps, [(rows, seqlen, prompt_len)]); ``backends`` of all layers.
-Batches and backends are known only if the engine runs in this process: not with several workers.
+An engine that fails ends the process, unless its ``may_fail`` is true: then the result is ``{"error": text}``. Batches and backends are known only if the engine runs in this process: not with several workers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,25 @@ import torch
 
 def main() -> None:
     job_file, result_file = map(Path, sys.argv[1:])
-    job = json.loads(job_file.read_text())
-    import vllm
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     batches = record_batches()
+    results = []
+    for job in json.loads(job_file.read_text()):
+        try:
+            results.append({**run(job, batches), "batches": list(batches)})
+        except Exception as error:
+            if not job["may_fail"]:
+                raise
+            results.append({"error": f"{type(error).__name__}: {error}"})
+        batches.clear()
+        cleanup_dist_env_and_memory()
+    torch.save(results, result_file)
+
+
+def run(job: dict[str, Any], batches: list[Any]) -> dict[str, Any]:
+    import vllm
+
     options = {"skip_tokenizer_init": True, **job["options"]}
     llm = vllm.LLM(**options)
     vocab = llm.model_config.get_vocab_size()
@@ -40,7 +55,7 @@ def main() -> None:
         batches.append("step")
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in step["prompts"]], sampling, use_tqdm=False)
         steps.append([request(output, vocab) for output in outputs])
-    torch.save({"steps": steps, "batches": batches, "backends": backends(llm)}, result_file)
+    return {"steps": steps, "backends": backends(llm)}
 
 
 def request(output: Any, vocab: int) -> dict[str, Any]:
