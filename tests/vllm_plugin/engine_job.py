@@ -1,10 +1,12 @@
 """Runs vLLM engines one after another in this process, for test_engine.py: ``python engine_job.py JOB.json RESULT.pt``.
 
-The job is a list of engines. Each has ``options`` of ``vllm.LLM``, and ``steps``, a list of ``{"prompts": [[token ids]], "max_tokens": n}`` (one
-call of ``generate`` each). The result has for each engine ``steps``, for each a list of requests with ``tokens``, ``logprobs [n, vocab]`` of
-what was generated, ``prompt_logprobs [prompt - 1, vocab]`` unless prefix caching is on, and ``num_cached_tokens``;
-``batches``, the batches that the plugin saw, as (decode steps, [(rows, seqlen, prompt_len)]); ``backends`` of all layers.
-An engine that fails ends the process, unless its ``may_fail`` is true: then the result is ``{"error": text}``. Batches and backends are known only if the engine runs in this process: not with several workers.
+The job is a list of engines. Each has ``options`` of ``vllm.LLM``, ``steps``, a list of
+``{"prompts": [[token ids]], "max_tokens": n}`` (one call of ``generate`` each), and ``may_fail``. The result has for
+each engine ``steps``, lists of requests with ``tokens``, ``logprobs [n, vocab]`` of what was generated,
+``prompt_logprobs [prompt - 1, vocab]`` unless prefix caching is on, and ``num_cached_tokens``; ``batches``, those that
+the plugin saw, as (decode steps, [(rows, seqlen, prompt_len)]); ``backends`` of all layers. The last two are known only
+of an engine that runs in this process, not with several workers. An engine that fails ends the process unless it may:
+then its result is ``{"error": text}``.
 """
 
 from __future__ import annotations

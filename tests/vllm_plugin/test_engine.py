@@ -164,7 +164,7 @@ def test_injected_into_a_plain_config(tmp_path: Path) -> None:
 
 
 def test_plain_model_is_left_alone(tmp_path: Path) -> None:
-    """Bit for bit what vLLM computes with the plugin turned off, by vLLM's own backend, also beside a model that is not."""
+    """Bit for bit what vLLM computes with the plugin turned off, by vLLM's own backend, also beside another model."""
     model = write_model(tmp_path / "model", dual_chunk_attention_config=None)
     plain = engine(model, [Step([tokens(300), tokens(20)])])
     [off] = run_engines([plain], QWEN_SPARSE_VLLM="0")

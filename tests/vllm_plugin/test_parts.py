@@ -229,7 +229,7 @@ def test_float32_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(current_platform), method, lambda *_, value=value: value)
     monkeypatch.setattr(support._C, "build_info", lambda: {"cuda": "13.0"})
     support.check_engine(engine_config())
-    with pytest.raises(ValueError, match="dtype must be bfloat16 or float16, got torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype must be bfloat16 or float16, got torch\.float32"):
         support.check_engine(engine_config(model_config__dtype=torch.float32))
 
 
