@@ -21,7 +21,7 @@ from conftest import DUAL_CHUNK
 from qwen_sparse import ops, rope
 from qwen_sparse.vllm import lengths, register, support
 from qwen_sparse.vllm.backend import DualChunkBackend, split_cache
-from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder
+from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder, Prefill
 from qwen_sparse.vllm.projection import key_bias, remember_parent
 
 CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
@@ -126,6 +126,8 @@ def test_mixed_batch(builder: DualChunkMetadataBuilder, monkeypatch: pytest.Monk
     assert (batch.num_decodes, batch.num_rows) == (2, 52)
     assert [tuple(prefill) for prefill in batch.prefills] == [(2, slice(2, 32), 130, 900), (3, slice(32, 52), 40, 40)]
     assert torch.equal(batch.rotations, batch.positions % CHUNK_LEN)
+    assert [prefill.in_prompt for prefill in batch.prefills] == [True, True]
+    assert [Prefill(0, slice(2, 12), seqlen, 100).in_prompt for seqlen in (109, 110)] == [True, False]
     # The second row is one token of a longer prompt: its temperature follows the prompt.
     expected = [rope.dual_chunk_temperature(length, 256) ** 2 for length in (300, 900)]
     assert batch.scale_factors is not None

@@ -154,7 +154,8 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         rows, seqlen, length = prefill.rows, prefill.seqlen, max(prefill.prompt_len, prefill.seqlen)
         original = self.dual_chunk.original_max_position_embeddings
         scale = self.scale * rope.dual_chunk_temperature(length, original) ** 2
-        sparse = self.sparse is not None and self.sparse.enabled and length > self.sparse.threshold
+        budgets = self.sparse
+        sparse = budgets is not None and budgets.enabled and length > budgets.threshold and prefill.in_prompt
         if not sparse and rows.stop - rows.start <= DECODE_ROWS:
             request = slice(prefill.request, prefill.request + 1)
             self._attend_pages(query, output, rows, request, scale, pages, batch)

@@ -29,6 +29,11 @@ class Prefill(NamedTuple):
     prompt_len: int
     """Of the whole prompt; ``seqlen`` where nobody knows."""
 
+    @property
+    def in_prompt(self) -> bool:
+        """Whether some row is one of the prompt; else what was generated is computed (again)."""
+        return self.seqlen - (self.rows.stop - self.rows.start) < self.prompt_len
+
 
 @dataclass
 class DualChunkMetadata(AttentionMetadata):
