@@ -118,7 +118,10 @@ class Reference:
 
     @torch.inference_mode()
     def logprobs(self, prompt: list[int], output: list[int], rows: int = PREFILL_ROWS) -> Tensor:
-        """Of every token behind the first: ``[len(prompt) - 1 + len(output), vocab]``; prefilled ``rows`` at a time."""
+        """Of every token behind the first: ``[len(prompt) - 1 + len(output), vocab]``; prefilled ``rows`` at a time.
+
+        A piece of one row is dense: to vLLM it is a decode step.
+        """
         model, cache = self.model, self.model.new_cache()
         sparse = model.prefills_sparse(len(prompt))
 
@@ -127,7 +130,8 @@ class Reference:
             assert logits is not None
             return logits
 
-        pieces = [run(prompt[i : i + rows], sparse) for i in range(0, len(prompt), rows)]
+        cuts = [prompt[i : i + rows] for i in range(0, len(prompt), rows)]
+        pieces = [run(piece, sparse and len(piece) > 1) for piece in cuts]
         pieces += [run([token], False) for token in output[:-1]]
         return torch.cat(pieces).log_softmax(-1)
 

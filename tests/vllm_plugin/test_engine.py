@@ -59,7 +59,7 @@ def test_dual_chunk_attention_is_what_is_tested(tmp_path: Path) -> None:
 
 
 def test_prefix_caching(tmp_path: Path) -> None:
-    """Keys of the cache hold for prompts of another length: the temperature is not in them. Past L and within."""
+    """Cold, warm, and the prefix of another prompt; past the first chunk and within it."""
     model = write_model(tmp_path / "model")
     # Keys and values behind the first layer depend on the temperature, so prompts that share them must share it.
     long, short = tokens(600), tokens(150)

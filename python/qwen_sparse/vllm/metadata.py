@@ -32,7 +32,7 @@ class Prefill(NamedTuple):
     @property
     def in_prompt(self) -> bool:
         """Whether some row is one of the prompt; else what was generated is computed (again)."""
-        return self.seqlen - (self.rows.stop - self.rows.start) < self.prompt_len
+        return bool(self.seqlen - (self.rows.stop - self.rows.start) < self.prompt_len)
 
 
 @dataclass
