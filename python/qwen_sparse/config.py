@@ -281,6 +281,32 @@ class SparseConfig:
             last_q=last_q,
         )
 
+    @classmethod
+    def from_dual_chunk(
+        cls, raw: Mapping[str, Any], *, num_layers: int, num_heads: int, budgets: object = None
+    ) -> SparseConfig | None:
+        """From the switches inside ``dual_chunk_attention_config``, and the budgets there unless others are given.
+
+        None if there are no budgets.
+
+        Raises:
+            ValueError: a bad value, or ``sparse_attention_enabled`` without budgets.
+        """
+        where = "dual_chunk_attention_config"
+        budgets = raw.get("sparse_attention_config") if budgets is None else budgets
+        if budgets is None:
+            if raw.get("sparse_attention_enabled"):
+                raise ValueError(f"{where}: sparse_attention_enabled is true but there are no budgets")
+            return None
+        return cls.from_budgets(
+            budgets,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            enabled=_boolean(raw, "sparse_attention_enabled", where, True),
+            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
+            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
+        )
+
 
 def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int, int]]:
     """(V, S) of every head of one layer."""
@@ -384,7 +410,9 @@ class ModelConfig:
             ),
             eos_token_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
             dual_chunk=DualChunkConfig.from_dict(dual_chunk) if dual_chunk else None,
-            sparse=_sparse_config(dual_chunk, budgets, num_layers, num_heads),
+            sparse=SparseConfig.from_dual_chunk(
+                dual_chunk, num_layers=num_layers, num_heads=num_heads, budgets=budgets
+            ),
         )
 
     @classmethod
@@ -433,23 +461,3 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"quantization_config must be absent: quantised weights are not supported, got {method!r}")
-
-
-def _sparse_config(
-    dual_chunk: Mapping[str, Any], budgets: object, num_layers: int, num_heads: int
-) -> SparseConfig | None:
-    """Budgets (those of the file win) with the switches inside ``dual_chunk_attention_config``."""
-    where = "dual_chunk_attention_config"
-    budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
-    if budgets is None:
-        if dual_chunk.get("sparse_attention_enabled"):
-            raise ValueError(f"{where}: sparse_attention_enabled is true but there are no budgets")
-        return None
-    return SparseConfig.from_budgets(
-        budgets,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        enabled=_boolean(dual_chunk, "sparse_attention_enabled", where, True),
-        threshold=_integer(dual_chunk, "sparse_attention_threshold", where, minimum=0, default=32768),
-        last_q=_integer(dual_chunk, "sparse_attention_last_q", where, maximum=64, default=64),
-    )

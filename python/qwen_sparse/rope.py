@@ -9,18 +9,29 @@ from torch import Tensor
 
 from .config import ModelConfig, RopeConfig
 
-__all__ = ["attention_factor", "dual_chunk_scale_factors", "dual_chunk_temperature", "inverse_frequencies"]
+__all__ = [
+    "attention_factor",
+    "dual_chunk_scale_factors",
+    "dual_chunk_temperature",
+    "inverse_frequencies",
+    "plain_frequencies",
+]
+
+
+def plain_frequencies(rope_theta: float, head_dim: int) -> Tensor:
+    """``rope_theta ** (-2c / head_dim)`` for every channel pair c: radians per position, float64 ``[head_dim / 2]``."""
+    return rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of every channel pair, float64 ``[head_dim / 2]``.
 
-    Plain: ``rope_theta ** (-2c / head_dim)``. YaRN (arXiv 2309.00071, as transformers computes it): slow
+    Plain: :func:`plain_frequencies`. YaRN (arXiv 2309.00071, as transformers computes it): slow
     channels are divided by ``factor``, fast ones kept, with a linear ramp between the channels that turn
     ``beta_slow`` and ``beta_fast`` times within the original length.
     """
     rope, head_dim = config.rope, config.head_dim
-    inv_freq = rope.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    inv_freq = plain_frequencies(rope.rope_theta, head_dim)
     if rope.factor is None:
         return inv_freq
     low, high = _yarn_ramp(rope, head_dim)

@@ -1,0 +1,273 @@
+"""Dual Chunk Attention over vLLM's pages: writes keys and values, decodes from pages, prefills from a workspace."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionImpl
+
+from .. import ops, rope
+from ..config import DualChunkConfig, SparseConfig
+from ..kv_cache import LayerPages
+from ..models.qwen2 import DECODE_ROWS
+from .backend import split_cache
+from .metadata import DualChunkMetadata, Prefill
+from .projection import key_bias
+from .support import INT8, check_engine, check_layer, check_rope_theta
+from .workspace import Workspace
+
+__all__ = ["DualChunkImpl"]
+
+
+class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
+    """One attention layer; arguments are those that vLLM gives.
+
+    ``query`` comes without rotation and ``key`` rotated at its position modulo ``chunk_len`` (``rotary.py``).
+
+    Raises:
+        ValueError: something that is not supported; the message names it.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        layer_idx: int,
+        dual_chunk_attention_config: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        config = get_current_vllm_config()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        check_engine(config)
+        check_layer(
+            head_size=head_size,
+            group_size=num_heads // self.num_kv_heads,
+            kv_cache_dtype=kv_cache_dtype,
+            dtype=config.model_config.dtype,
+            attn_type=attn_type,
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            **options,
+        )
+        text_config = config.model_config.hf_text_config
+        self.dual_chunk = DualChunkConfig.from_dict(dual_chunk_attention_config)
+        self.sparse = SparseConfig.from_dual_chunk(
+            dual_chunk_attention_config,
+            num_layers=text_config.num_hidden_layers,
+            num_heads=text_config.num_attention_heads,
+        )
+        if self.sparse is not None:
+            first_head = get_tensor_model_parallel_rank() * num_heads
+            own = slice(first_head, first_head + num_heads)
+            self.vertical_sizes = self.sparse.vertical_sizes[layer_idx][own]
+            self.slash_sizes = self.sparse.slash_sizes[layer_idx][own]
+        theta = check_rope_theta(text_config.rope_parameters)
+        self.inv_freq = rope.plain_frequencies(theta, head_size)
+        self.parent: weakref.ref[nn.Module] | None = None  # set by remember_parent
+        self.bias_arguments: dict[str, Any] = {}
+        self.max_model_len = config.model_config.max_model_len
+        self.workspace = Workspace.of(self.inv_freq.device, config.model_config.dtype, (self.num_kv_heads, head_size))
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the bias of the key projection, which int8 pages leave out."""
+        if self.kv_cache_dtype == INT8:
+            bias = key_bias(
+                None if self.parent is None else self.parent(), self.num_heads, self.num_kv_heads, self.head_size
+            )
+            self.bias_arguments = {} if bias is None else {"k_bias": bias, "inv_freq": self.inv_freq}
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: DualChunkMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a batch.
+
+        Args:
+            layer: vLLM's layer.
+            query: ``[num_tokens, num_heads, head_size]``, not rotated.
+            key: ``[num_tokens, num_kv_heads, head_size]``, rotated.
+            value: shaped like ``key``.
+            kv_cache: the layer's pages; written.
+            attn_metadata: the batch; None while vLLM measures memory.
+            output: written; ``[num_tokens, num_heads, head_size]``.
+            output_scale: must be None.
+            output_block_scale: must be None.
+
+        Raises:
+            NotImplementedError: a quantised output is asked for.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("qwen_sparse: attention with quantised output is not supported")
+        if attn_metadata is None:
+            self.workspace.reserve(self.max_model_len)  # counts as memory that is not left for pages
+            return output.fill_(0)
+        batch, pages = attn_metadata, split_cache(kv_cache, self.num_kv_heads, self.head_size)
+        ops.store_kv(
+            key[: batch.num_rows],
+            value[: batch.num_rows],
+            pages.k,
+            pages.v,
+            batch.slot_mapping,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            positions=batch.rotations if self.bias_arguments else None,
+            **self.bias_arguments,
+        )
+        if batch.num_decodes:
+            rows = slice(0, batch.num_decodes)
+            self._attend_pages(query, output, rows, rows, None, pages, batch)
+        for prefill in batch.prefills:
+            self._prefill(query, output, prefill, pages, batch)
+        return output
+
+    def _prefill(
+        self, query: Tensor, output: Tensor, prefill: Prefill, pages: LayerPages, batch: DualChunkMetadata
+    ) -> None:
+        rows, seqlen, length = prefill.rows, prefill.seqlen, max(prefill.prompt_len, prefill.seqlen)
+        original = self.dual_chunk.original_max_position_embeddings
+        scale = self.scale * rope.dual_chunk_temperature(length, original) ** 2
+        budgets = self.sparse
+        sparse = budgets is not None and budgets.enabled and length > budgets.threshold and prefill.in_prompt
+        if not sparse and rows.stop - rows.start <= DECODE_ROWS:
+            request = slice(prefill.request, prefill.request + 1)
+            self._attend_pages(query, output, rows, request, scale, pages, batch)
+            return
+        k, v = self._gather(prefill, pages, batch)
+        q, positions = query[rows], batch.positions[rows]
+        if seqlen <= self.dual_chunk.chunk_len:
+            output[rows] = self._prefill_one_chunk(q, k, v, positions, scale, sparse)
+        else:
+            output[rows] = self._prefill_chunks(q, k, v, positions, scale, sparse)
+
+    def _prefill_one_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, sparse: bool
+    ) -> Tensor:
+        """Plain rotary embedding, which Dual Chunk Attention equals within its first chunk."""
+        q, _ = cast(tuple[Tensor, Tensor], ops.rotary(q, q[:, :0], positions, self.inv_freq))
+        if not sparse:
+            return cast(Tensor, ops.attention(q, k, v, softmax_scale=scale))
+        vertical, slash = self._select(q, k, scale)
+        return cast(Tensor, ops.vertical_slash_attention(q, k, v, vertical, slash, softmax_scale=scale))
+
+    def _prefill_chunks(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, sparse: bool) -> Tensor:
+        rotated = self._rotate(q, positions, self.sparse.last_q if sparse and self.sparse is not None else 0)
+        indexes: dict[str, Any] = {}
+        if sparse:
+            vertical, slash = self._select(
+                rotated.q_intra,
+                k,
+                scale,
+                q_succ=rotated.q_succ_critical,
+                q_inter=rotated.q_inter_critical,
+                chunk_len=self.dual_chunk.chunk_len,
+            )
+            indexes = {"vertical_indexes": vertical, "slash_indexes": slash}
+        out = ops.dual_chunk_attention(
+            rotated.q_intra,
+            rotated.q_succ,
+            rotated.q_inter,
+            k,
+            v,
+            chunk_len=self.dual_chunk.chunk_len,
+            softmax_scale=scale,
+            **indexes,
+        )
+        return cast(Tensor, out)
+
+    def _rotate(self, q: Tensor, positions: Tensor, critical_rows: int) -> ops.DualChunkRotary:
+        rotated = ops.rotary(
+            q,
+            q[:, :0],
+            positions,
+            self.inv_freq,
+            chunk_size=self.dual_chunk.chunk_size,
+            chunk_len=self.dual_chunk.chunk_len,
+            critical_rows=critical_rows,
+        )
+        return cast(ops.DualChunkRotary, rotated)
+
+    def _select(self, q: Tensor, k: Tensor, scale: float, **rotations: Any) -> tuple[Tensor, Tensor]:
+        assert self.sparse is not None
+        return ops.select_vertical_slash(
+            q,
+            k,
+            vertical_size=self.vertical_sizes,
+            slash_size=self.slash_sizes,
+            last_q=self.sparse.last_q,
+            softmax_scale=scale,
+            **rotations,
+        )
+
+    def _gather(self, prefill: Prefill, pages: LayerPages, batch: DualChunkMetadata) -> tuple[Tensor, Tensor]:
+        """Keys and values of a request, contiguous; the next call overwrites them."""
+        k, v = self.workspace.buffers(prefill.seqlen)
+        ops.gather_kv(
+            pages.k,
+            pages.v,
+            batch.block_table[prefill.request],
+            k,
+            v,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            chunk_len=self.dual_chunk.chunk_len,
+            **self.bias_arguments,
+        )
+        return k, v
+
+    def _attend_pages(
+        self,
+        query: Tensor,
+        output: Tensor,
+        rows: slice,
+        requests: slice,
+        scale: float | None,
+        pages: LayerPages,
+        batch: DualChunkMetadata,
+    ) -> None:
+        """Dense attention of the same number of rows for each of some requests; None: scaled by the batch's factors."""
+        rotated = self._rotate(query[rows], batch.positions[rows], 0)
+        by_request = (requests.stop - requests.start, -1, self.num_heads, self.head_size)
+        out = ops.decode_attention(
+            rotated.q_intra.view(by_request),
+            pages.k,
+            pages.v,
+            batch.block_table[requests],
+            batch.seqlens[requests],
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            q_succ=rotated.q_succ.view(by_request),
+            q_inter=rotated.q_inter.view(by_request),
+            chunk_len=self.dual_chunk.chunk_len,
+            softmax_scale=self.scale if scale is None else scale,
+            scale_factors=None if scale is not None or batch.scale_factors is None else batch.scale_factors[requests],
+            **self.bias_arguments,
+        )
+        output[rows] = cast(Tensor, out).flatten(0, 1)
