@@ -27,11 +27,11 @@ FILLERS = ("grass", "sentences", "source")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16384, help="tokens of the prompts that budgets are found on")
-    parser.add_argument("--recalls", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
+    parser.add_argument("--recalls", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--pairs", type=int, nargs="+", default=[30, 110, 256, 110, 512, 110], help="V S V S ...")
     parser.add_argument("--step", type=int, default=256)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 64], help="of passkeys, in trained lengths")
-    parser.add_argument("--samples", type=int, default=4, help="prompts per length, depth and filler")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32], help="of passkeys, in trained lengths")
+    parser.add_argument("--samples", type=int, default=2, help="prompts per length, depth and filler")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the calibration prompt; others are measured with seed + 1"
     )

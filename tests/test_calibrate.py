@@ -130,7 +130,7 @@ def test_selection_is_that_of_prefill(write_checkpoint: WriteCheckpoint, tmp_pat
     sparse = load_model(directory, attention="sparse")
     stats = prefill(sparse, ids, chunk_tokens=300, logits="all").stats  # "all": the last layer computes every row
     assert stats.density == pytest.approx(result.density, rel=1e-12)
-    assert 0.1 < result.density < 0.9
+    assert result.density < 0.99  # of a dense head it would say nothing
 
 
 # --- search ---
