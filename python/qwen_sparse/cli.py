@@ -1,8 +1,9 @@
-"""The ``qwen-sparse`` command: ``generate``, ``memory`` and ``demo``."""
+"""The ``qwen-sparse`` command: ``generate``, ``calibrate``, ``memory`` and ``demo``."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .calibrate import BASE_PAIRS, calibrate, synthetic_tokens
 from .config import ModelConfig, parse_dtype
 from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
@@ -48,6 +50,7 @@ def _parser(demo_chosen: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-sparse {version('qwen-sparse')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
+    _add_calibrate(commands.add_parser("calibrate", help="search the sparse budgets of a checkpoint"))
     _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
     _add_demo(commands.add_parser("demo", help="retrieve a passkey far beyond the trained length"), demo_chosen)
     return parser
@@ -153,6 +156,65 @@ def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Se
     if model.max_seq_len is None:
         raise ValueError("--truncate needs --max-seq-len: this model has no limit of its own")
     return truncate_prompt(tokens, model.max_seq_len - args.max_new_tokens, keep=args.truncate)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_calibrate)
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--file", help="calibrate on the first tokens of a text file, - for standard input")
+    text.add_argument("--synthetic", action="store_true", help="calibrate on a generated passkey prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated prompt (0)")
+    parser.add_argument("--length", type=int, required=True, help="tokens of the prompt that budgets are refined on")
+    parser.add_argument("--base-length", type=int, help="tokens that base pairs are compared on (32768, or --length)")
+    parser.add_argument("--recall", type=float, default=0.95, help="attention that each head has to keep (0.95)")
+    parser.add_argument("--step", type=int, default=2048, help="what V and S grow by at a time (2048)")
+    parser.add_argument(
+        "--pair",
+        type=int,
+        nargs=2,
+        action="append",
+        metavar=("V", "S"),
+        help=f"base pair; may be repeated ({', '.join(f'{v} {s}' for v, s in BASE_PAIRS)})",
+    )
+    _add_device(parser)
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
+    parser.add_argument("-o", "--output", type=Path, default=Path("sparse_attention_config.json"), help="file to write")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bar (default: on a terminal)")
+
+
+def _run_calibrate(args: argparse.Namespace) -> int:
+    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    if args.synthetic:
+        tokens = synthetic_tokens(model, args.length, args.seed)
+        source: dict[str, object] = {"synthetic": "passkey", "seed": args.seed}
+    else:
+        text = _prompt_text(None, args.file)
+        tokens = model.tokenizer.encode(text)[: max(args.length, 0)]
+        if len(tokens) < args.length or args.length < 1:
+            raise ValueError(f"--length must be in [1, {len(tokens)}], the tokens of {args.file}, got {args.length}")
+        source = {"file": Path(args.file).name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    result = calibrate(
+        model,
+        tokens,
+        args.output,
+        recall=args.recall,
+        base_length=args.base_length,
+        pairs=BASE_PAIRS if args.pair is None else [(vertical, slash) for vertical, slash in args.pair],
+        step=args.step,
+        chunk_tokens=args.chunk_tokens,
+        source=source,
+        resume=args.resume,
+        progress=sys.stderr.isatty() if args.progress is None else args.progress,
+    )
+    lowest = min(head.recall for layer in result.layers for head in layer)
+    print(
+        f"{args.output}: {len(tokens):,} tokens, recall {result.recall:.3f} in the mean and {lowest:.3f} at least, "
+        f"{result.density:.1%} of attention computed"
+    )
+    return 0
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

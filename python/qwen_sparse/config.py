@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PAGE_SIZE", "DualChunkConfig", "ModelConfig", "RopeConfig", "SparseConfig", "parse_dtype"]
+__all__ = ["PAGE_SIZE", "DualChunkConfig", "ModelConfig", "RopeConfig", "SparseConfig", "parse_dtype", "served_columns"]
 
 PAGE_SIZE = 128
 """Tokens per page of the KV cache. A page never straddles the border of a DCA chunk."""
@@ -326,8 +326,13 @@ def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int,
                 f'{where}, head {head} must be ["vertical_and_slash", V, S, score] with integers V, S >= 0, '
                 f"got {entry!r}"
             )
-        pairs.append((130 if sizes[0] == 30 else sizes[0], sizes[1]))
+        pairs.append((served_columns(sizes[0]), sizes[1]))
     return pairs
+
+
+def served_columns(vertical: int) -> int:
+    """Columns that a head with V = ``vertical`` in its budget gets: V = 30 means 130, as vLLM serves it."""
+    return 130 if vertical == 30 else vertical
 
 
 @dataclass(frozen=True, slots=True)

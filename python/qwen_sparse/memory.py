@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryEstimate",
     "available_memory",
     "default_chunk_tokens",
+    "estimate_calibration_memory",
     "estimate_memory",
     "format_bytes",
     "index_bytes",
@@ -154,6 +155,40 @@ def estimate_memory(
             config, rows, seqlen, item, on_gpu=device is not None and torch.device(device).type == "cuda"
         ),
         workspace=workspace,
+    )
+
+
+def estimate_calibration_memory(
+    config: ModelConfig,
+    seqlen: int,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk_tokens: int | None = None,
+    device: torch.device | str | None = None,
+) -> MemoryEstimate:
+    """Memory that :func:`qwen_sparse.calibrate.calibrate` takes on a prompt of ``seqlen`` tokens.
+
+    As :func:`estimate_memory`, with its letters, but for what goes through the model layer by layer:
+
+    - **kv_cache**: keys and values of one layer.
+    - **activations**: those of a prefill chunk without logits, and for all n tokens the hidden states before and behind
+      a layer, 2 n E b, and the log-sum-exps, 4 n H.
+    - **indexes**: of heads that have grown to V = S = n, the most that refinement can come to.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    one_layer = replace(config, num_layers=1, sparse=None)
+    prefill = estimate_memory(one_layer, seqlen, dtype=dtype, chunk_tokens=chunk_tokens, device=device)
+    item = (config.dtype if dtype is None else dtype).itemsize
+    rows = min(default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens, seqlen)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    whole = seqlen * (2 * config.hidden_size * item + 4 * config.num_heads)
+    return replace(
+        prefill,
+        weights=weight_elements(config) * item,
+        activations=prefill.activations - 4 * config.vocab_size + whole,
+        indexes=index_bytes(config.num_heads, config.head_dim, rows, seqlen, seqlen, seqlen, item, on_gpu=on_gpu),
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
 
-__all__ = ["AttentionMode", "LayerWeights", "Output", "Qwen2Model", "Qwen2Weights"]
+__all__ = ["AttentionMode", "LayerWeights", "Output", "Queries", "Qwen2Model", "Qwen2Weights"]
 
 DECODE_ROWS = 16
 """Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
@@ -85,7 +85,7 @@ class Qwen2Weights:
 
 
 @dataclass(frozen=True)
-class _Rotated:
+class Queries:
     """Rotated queries of one layer ``[n, num_heads, head_dim]``; only ``q`` while plain RoPE does."""
 
     q: Tensor
@@ -96,10 +96,67 @@ class _Rotated:
     q_succ_critical: Tensor | None = None
     q_inter_critical: Tensor | None = None
 
-    def last(self, rows: int) -> _Rotated:
+    def last(self, rows: int) -> Queries:
         """The last rows, for attention (no critical rotations)."""
         q_succ, q_inter = (None if q is None else q[-rows:] for q in (self.q_succ, self.q_inter))
-        return _Rotated(self.q[-rows:], q_succ, q_inter, self.chunk_len)
+        return Queries(self.q[-rows:], q_succ, q_inter, self.chunk_len)
+
+    def select(
+        self, k: Tensor, scale: float, *, vertical_size: Sequence[int], slash_size: Sequence[int], last_q: int
+    ) -> tuple[Tensor, Tensor]:
+        """Columns and distances by the last rows' votes; see :func:`qwen_sparse.ops.select_vertical_slash`."""
+        return ops.select_vertical_slash(
+            self.q,
+            k,
+            vertical_size=vertical_size,
+            slash_size=slash_size,
+            last_q=last_q,
+            softmax_scale=scale,
+            q_succ=self.q_succ_critical,
+            q_inter=self.q_inter_critical,
+            chunk_len=self.chunk_len,
+        )
+
+    def select_by_coverage(
+        self, k: Tensor, scale: float, coverage: float, *, max_vertical: int, max_slash: int, last_q: int
+    ) -> tuple[Tensor, Tensor]:
+        """Columns and distances that hold a share of the votes; see :func:`qwen_sparse.coverage.select_by_coverage`."""
+        vertical, slash, _ = select_by_coverage(
+            self.q,
+            k,
+            coverage=coverage,
+            max_vertical=max_vertical,
+            max_slash=max_slash,
+            last_q=last_q,
+            softmax_scale=scale,
+            q_succ=self.q_succ_critical,
+            q_inter=self.q_inter_critical,
+            chunk_len=self.chunk_len,
+        )
+        return vertical, slash
+
+    def attend_dense(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output like ``q`` and log-sum-exp, float32 ``[n, num_heads]``, over all keys."""
+        if self.chunk_len is None:
+            out, lse = _ops.attention(self.q, k, v, scale, True, None)
+        else:
+            out, lse, _ = _ops.dual_chunk_attention(
+                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, None, None, scale
+            )
+        return out, lse
+
+    def attend_sparse(
+        self, k: Tensor, v: Tensor, scale: float, vertical: Tensor, slash: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, log-sum-exp and the number of pairs that each head attended, int64 ``[num_heads]``."""
+        # The torch ops, not their wrappers: they also count what was attended.
+        if self.chunk_len is None:
+            out, lse, attended = _ops.vertical_slash_attention(self.q, k, v, vertical, slash, scale)
+        else:
+            out, lse, attended = _ops.dual_chunk_attention(
+                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, scale
+            )
+        return out, lse, attended
 
 
 @dataclass(frozen=True)
@@ -121,6 +178,8 @@ class _Step:
     num_keys: int | None = None
     """``seqlens_k`` of the one sequence; None: the host does not know it, and pages are read."""
     sparse: bool = False
+    lse: Tensor | None = None
+    """float32 ``[rows, num_heads]``, where dense attention of all rows leaves its log-sum-exp."""
 
 
 @dataclass(frozen=True)
@@ -265,26 +324,51 @@ class Qwen2Model:
             float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none".
         """
         stats = ForwardStats(self.device, measuring=False) if stats is None else stats
-        num_rows, dual_chunk = input_ids.shape[0], self.config.dual_chunk
-        end = cache.seqlen + num_rows
-        slots = cache.next_slots(num_rows)  # may grow the block table
-        step = _Step(
-            cache=cache,
-            slots=slots,
-            block_table=cache.block_table,
-            seqlens_k=torch.full((1,), end, dtype=torch.int32, device=self.device),
-            dual_chunk=dual_chunk is not None and end > dual_chunk.chunk_len,
-            scale=self.softmax_scale(max(prompt_len, end)),
-            stats=stats,
-            num_keys=end,
-            sparse=sparse,
-        )
+        num_rows = input_ids.shape[0]
+        step = self._prefill_step(num_rows, cache, prompt_len, sparse, stats)
         # Behind the last layer's keys and values, only rows that logits are wanted of go on.
         logits = self._run(input_ids, {"all": num_rows, "last": 1, "none": 0}[output], step)
         cache.commit(num_rows)
         if output == "none":
             return None
         return logits if output == "all" else logits[0]
+
+    @torch.inference_mode()
+    def forward_layer(
+        self, layer: int, hidden: Tensor, cache: PagedKVCache, *, prompt_len: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """One decoder layer, densely, for the next tokens of the cached sequence; commits nothing.
+
+        Args:
+            layer: its number.
+            hidden: ``[n, hidden]``, what the layer before returned (the first: embeddings).
+            cache: tokens so far. Keys and values of the new ones are written behind them.
+            prompt_len: as in :meth:`forward`.
+
+        Returns:
+            Hidden states ``[n, hidden]`` and attention's log-sum-exp, float32 ``[n, num_heads]``.
+        """
+        num_rows = hidden.shape[0]
+        lse = torch.empty(num_rows, self.config.num_heads, dtype=torch.float32, device=self.device)
+        stats = ForwardStats(self.device, measuring=False)
+        step = replace(self._prefill_step(num_rows, cache, prompt_len, False, stats), lse=lse)
+        return self._layer(layer, hidden, num_rows, step), lse
+
+    @torch.inference_mode()
+    def queries(self, layer: int, hidden: Tensor, start: int, *, critical_rows: int = 0) -> Queries:
+        """The queries of rows from position ``start`` on, in every rotation that attention needs.
+
+        Args:
+            layer: its number.
+            hidden: ``[n, hidden]``, what the layer before returned.
+            start: position of the first row.
+            critical_rows: how many of the last rows also get the rotations that selection needs under Dual Chunk
+                Attention.
+        """
+        end = start + hidden.shape[0]
+        q, k, _ = self._qkv(layer, hidden)
+        positions = torch.arange(start, end, device=self.device)
+        return self._rotate(q, k, positions, self._beyond_chunk(end), critical_rows)[0]
 
     @torch.inference_mode()
     def decode_step(self, input_ids: Tensor, seqlens: Tensor, cache: PagedKVCache, block_table: Tensor) -> Tensor:
@@ -318,6 +402,27 @@ class Qwen2Model:
         )
         return self._run(input_ids, input_ids.shape[0], step)
 
+    def _beyond_chunk(self, end: int) -> bool:
+        """Whether a prefill chunk that ends there takes the three rotations of Dual Chunk Attention."""
+        return self.config.dual_chunk is not None and end > self.config.dual_chunk.chunk_len
+
+    def _prefill_step(
+        self, num_rows: int, cache: PagedKVCache, prompt_len: int, sparse: bool, stats: ForwardStats
+    ) -> _Step:
+        end = cache.seqlen + num_rows
+        slots = cache.next_slots(num_rows)  # may grow the block table
+        return _Step(
+            cache=cache,
+            slots=slots,
+            block_table=cache.block_table,
+            seqlens_k=torch.full((1,), end, dtype=torch.int32, device=self.device),
+            dual_chunk=self._beyond_chunk(end),
+            scale=self.softmax_scale(max(prompt_len, end)),
+            stats=stats,
+            num_keys=end,
+            sparse=sparse,
+        )
+
     def _run(self, input_ids: Tensor, output_rows: int, step: _Step) -> Tensor:
         """All layers; float32 logits ``[output_rows, vocab]`` of the last rows."""
         num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
@@ -332,11 +437,10 @@ class Qwen2Model:
 
     def _layer(self, layer: int, hidden: Tensor, rows: int, step: _Step) -> Tensor:
         """One decoder layer: all K and V are cached, the last ``rows`` rows are returned."""
-        config, weights, stats = self.config, self.weights.layers[layer], step.stats
-        normed = _rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
-        qkv = linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
-        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        rotated, k = self._rotate(q, k, step)
+        weights, sparse, stats = self.weights.layers[layer], self.config.sparse, step.stats
+        q, k, v = self._qkv(layer, hidden)
+        critical_rows = sparse.last_q if step.sparse and sparse is not None else 0
+        rotated, k = self._rotate(q, k, step.slots.positions, step.dual_chunk, critical_rows)
         stats.lap("linear")
         step.cache.append(layer, k, v, step.slots)
         stats.lap("cache")
@@ -344,20 +448,30 @@ class Qwen2Model:
             return hidden[:0]
         attended = self._attend(layer, rotated, rows, step)
         stats.sample_memory()
-        del normed, qkv, q, k, v, rotated  # the MLP's activations take their place
+        del q, k, v, rotated  # the MLP's activations take their place
         hidden = hidden[-rows:] + linear(attended.flatten(1), weights.o)
-        normed = _rms_norm(hidden, weights.post_attention_norm, config.rms_norm_eps)
+        normed = _rms_norm(hidden, weights.post_attention_norm, self.config.rms_norm_eps)
         hidden += gated_mlp(normed, weights.gate_up, weights.down)
         stats.sample_memory()
         stats.lap("linear")
         return hidden
 
-    def _rotate(self, q: Tensor, k: Tensor, step: _Step) -> tuple[_Rotated, Tensor]:
+    def _qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[n, heads, head_dim]``, not yet rotated."""
+        config, weights = self.config, self.weights.layers[layer]
+        normed = _rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
+        qkv = linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        return q, k, v
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, positions: Tensor, beyond_chunk: bool, critical_rows: int
+    ) -> tuple[Queries, Tensor]:
         """Queries in every rotation that attention needs, and keys."""
-        dual_chunk, sparse, positions = self.config.dual_chunk, self.config.sparse, step.slots.positions
-        if dual_chunk is None or not step.dual_chunk:
+        dual_chunk = self.config.dual_chunk
+        if dual_chunk is None or not beyond_chunk:
             rotated = ops.rotary(q, k, positions, self.inv_freq, attention_factor=self.attention_factor)
-            return _Rotated(rotated[0]), rotated[1]
+            return Queries(rotated[0]), rotated[1]
         rotated = ops.rotary(
             q,
             k,
@@ -366,12 +480,12 @@ class Qwen2Model:
             attention_factor=self.attention_factor,
             chunk_size=dual_chunk.chunk_size,
             chunk_len=dual_chunk.chunk_len,
-            critical_rows=sparse.last_q if step.sparse and sparse is not None else 0,
+            critical_rows=critical_rows,
         )
         q_intra, q_succ, q_inter, k, q_succ_critical, q_inter_critical = cast(ops.DualChunkRotary, rotated)
-        return _Rotated(q_intra, q_succ, q_inter, dual_chunk.chunk_len, q_succ_critical, q_inter_critical), k
+        return Queries(q_intra, q_succ, q_inter, dual_chunk.chunk_len, q_succ_critical, q_inter_critical), k
 
-    def _attend(self, layer: int, q: _Rotated, rows: int, step: _Step) -> Tensor:
+    def _attend(self, layer: int, q: Queries, rows: int, step: _Step) -> Tensor:
         """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
         stats, num_keys = step.stats, step.num_keys
         if num_keys is None:
@@ -380,50 +494,43 @@ class Qwen2Model:
         if step.sparse:
             out, attended = self._attend_sparse(layer, q, rows, num_keys, step)
             stats.count(attended, pairs)
-        elif rows <= DECODE_ROWS:
+        elif rows <= DECODE_ROWS and step.lse is None:
             out = self._attend_pages(layer, q.last(rows), step)
             stats.count(pairs, pairs)
         else:
             k, v = step.cache.workspace(layer, num_keys)
             stats.lap("cache")
-            out = _dense(q.last(rows), k, v, step.scale)
+            out, lse = q.last(rows).attend_dense(k, v, step.scale)
+            if step.lse is not None:
+                step.lse.copy_(lse)
             stats.count(pairs, pairs)
         stats.lap("attention")
         return out
 
-    def _attend_sparse(self, layer: int, q: _Rotated, rows: int, num_keys: int, step: _Step) -> tuple[Tensor, Tensor]:
+    def _attend_sparse(self, layer: int, q: Queries, rows: int, num_keys: int, step: _Step) -> tuple[Tensor, Tensor]:
         """Vertical-slash attention with freshly chosen indexes, and how many pairs each head attended."""
         sparse = self.config.sparse
         if sparse is None:
             raise ValueError("forward: sparse needs budgets, and this model has none")
         k, v = step.cache.workspace(layer, num_keys)
         step.stats.lap("cache")
-        voting: dict[str, Any] = {
-            "last_q": sparse.last_q,
-            "softmax_scale": step.scale,
-            "q_succ": q.q_succ_critical,
-            "q_inter": q.q_inter_critical,
-            "chunk_len": q.chunk_len,
-        }
         columns, distances = sparse.vertical_sizes[layer], sparse.slash_sizes[layer]
         if sparse.coverage is None:
-            vertical, slash = ops.select_vertical_slash(q.q, k, vertical_size=columns, slash_size=distances, **voting)
+            vertical, slash = q.select(k, step.scale, vertical_size=columns, slash_size=distances, last_q=sparse.last_q)
         else:
-            vertical, slash, _ = select_by_coverage(
-                q.q, k, coverage=sparse.coverage, max_vertical=max(columns), max_slash=max(distances), **voting
+            vertical, slash = q.select_by_coverage(
+                k,
+                step.scale,
+                sparse.coverage,
+                max_vertical=max(columns),
+                max_slash=max(distances),
+                last_q=sparse.last_q,
             )
         step.stats.lap("selection")
-        # The torch ops, not their wrappers: they also count what was attended.
-        q = q.last(rows)
-        if q.chunk_len is None:
-            out, _, attended = _ops.vertical_slash_attention(q.q, k, v, vertical, slash, step.scale)
-        else:
-            out, _, attended = _ops.dual_chunk_attention(
-                q.q, q.q_succ, q.q_inter, k, v, q.chunk_len, vertical, slash, step.scale
-            )
+        out, _, attended = q.last(rows).attend_sparse(k, v, step.scale, vertical, slash)
         return out, attended
 
-    def _attend_pages(self, layer: int, q: _Rotated, step: _Step) -> Tensor:
+    def _attend_pages(self, layer: int, q: Queries, step: _Step) -> Tensor:
         """Dense attention of a few rows per sequence, read from the pages."""
         cache, pages = step.cache, step.cache.pages(layer)
         batch = step.block_table.shape[0]
@@ -447,15 +554,6 @@ class Qwen2Model:
             **cache.bias_arguments(layer),
         )
         return cast(Tensor, out).flatten(0, 1)
-
-
-def _dense(q: _Rotated, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if q.chunk_len is None or q.q_succ is None or q.q_inter is None:
-        return cast(Tensor, ops.attention(q.q, k, v, softmax_scale=scale))
-    return cast(
-        Tensor,
-        ops.dual_chunk_attention(q.q, q.q_succ, q.q_inter, k, v, chunk_len=q.chunk_len, softmax_scale=scale),
-    )
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
