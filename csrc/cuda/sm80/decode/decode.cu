@@ -44,9 +44,10 @@ void run(Args& args, Launch launch) {
   using Shared = decode::SharedMemory<C, kHeadDim, kHasBias>;
   const DecodeParams& p = args.p;
   const int limit = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device);
-  args.row_tiles = std::min(cuda::ceil_div(args.num_rows, decode::kTileRows), decode::kMaxRowTiles);
+  constexpr int kTileRows = decode::kTileRows<C>;
+  args.row_tiles = std::min(cuda::ceil_div(args.num_rows, kTileRows), decode::kMaxRowTiles);
   while (args.row_tiles > 1 && Shared::bytes(args.row_tiles) > limit) --args.row_tiles;
-  args.row_blocks = cuda::ceil_div(args.num_rows, args.row_tiles * decode::kTileRows);
+  args.row_blocks = cuda::ceil_div(args.num_rows, args.row_tiles * kTileRows);
 
   constexpr int kReserved = 1024;  // by the system, of each CTA's shared memory
   const int per_sm = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, launch.device);
