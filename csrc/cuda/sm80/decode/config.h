@@ -16,7 +16,7 @@ constexpr int kThreads = kNumWarps * 32;
 constexpr int kMaxRowTiles = kNumWarps;
 template <typename C>
 constexpr int kTileRows = sizeof(C) == 1 ? 8 : 16;  // of one mma's 16: int8_pages.cuh holds each row in two parts
-constexpr int kCtasPerSm = 2;                       // one computes while the other waits for its tile
+constexpr int kCtasPerSm = 3;                       // one computes while the others wait for their tiles
 constexpr int kMinSplitTiles = 4;  // about as much as is in flight at once, so fewer would not finish sooner
 constexpr int kMaxSplits = 256;
 constexpr int kMaxCtas = 2048;  // bound for the workspace, whose size must not depend on the device
@@ -57,10 +57,11 @@ struct SharedMemory {
   static constexpr bool kIsInt8 = sizeof(C) == 1;
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(C));
   static constexpr int kTileRows = decode::kTileRows<C>;
-  // Two CTAs on an SM of an A100 (164 KiB), one on the smaller cards of its generation (100 KiB): 8 KiB tiles (K and V,
-  // int8, 64 dims) four times, 16 KiB three times, 32 KiB twice.
+  // Three CTAs on an SM of an H200 (228 KiB), two of an A100 (164 KiB), one on the smaller cards of its generation (100
+  // KiB): 8 KiB tiles (K and V, int8, 64 dims) four times, 16 KiB three times, 32 KiB twice.
   static constexpr int kStages = kRowBytes == 64 ? 4 : kRowBytes == 128 ? 3 : 2;
-  static constexpr int kPlaces = kStages < 4 ? 4 : 8;  // tiles whose keys' places are known: kStages + 1 or more
+  static constexpr int kPlaces = kStages > 3 ? kStages - 1 : 2;  // tiles whose keys' places are known before the copy
+  static constexpr int kExists = kStages < 4 ? 4 : 8;            // the tiles from that one to the one computed
 
   struct Stage {
     alignas(256) uint8_t k[kTileKeys * kRowBytes];
@@ -77,7 +78,7 @@ struct SharedMemory {
   };
   static_assert(sizeof(Merge) <= kStages * sizeof(Stage), "merging needs no memory of its own");
   int64_t places[kPlaces][2][kTileKeys];  // bytes from the start of K and of V; negative: nowhere
-  uint32_t exists[kPlaces][2];            // bits: keys that lie somewhere, before the middle of the tile and after
+  uint32_t exists[kExists][2];            // bits: keys that lie somewhere, before the middle of the tile and after
   alignas(16) float k_scale[kIsInt8 ? kStages : 1][kTileKeys];
   alignas(16) float v_scale[kIsInt8 ? kStages : 1][kTileKeys];
   std::conditional_t<kHasBias, BiasTables<kHeadDim>, Nothing> bias;

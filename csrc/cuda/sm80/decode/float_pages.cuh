@@ -14,7 +14,7 @@ class FloatPages {
  public:
   static constexpr int kLaneRows = 2;
 
-  __device__ FloatPages()
+  __device__ explicit FloatPages(const Args&)
       : k_row_(threadIdx.x / 16 % 2, threadIdx.x / 8 % 2), v_row_(threadIdx.x / 8 % 2, threadIdx.x / 16 % 2) {}
 
   // `scale`: of the scores.

@@ -15,23 +15,6 @@
 
 namespace qwen_sparse::sm80::decode {
 
-// Bytes kFirst and kSecond of x as bfloat16, exactly and without conversion instructions, which run at a quarter of the
-// rate of others.
-//
-// 0x4300 | m is 128 + m for m up to 127; bit 7, worth -128, falls into the exponent and makes 256 of 128.
-template <int kFirst, int kSecond>
-__device__ __forceinline__ uint32_t widen(uint32_t x) {
-  // digits of the selector below 4: bytes of x; 4: the high byte
-  const uint32_t y = __byte_perm(x, 0x43u, 0x4040 | kSecond << 8 | kFirst);
-  const uint32_t bits[2] = {y & 0xff7fff7fu, y & 0xff80ff80u};
-  __nv_bfloat162 pairs[2];
-  memcpy(pairs, bits, sizeof(pairs));
-  const __nv_bfloat162 difference = __hsub2(pairs[0], pairs[1]);
-  uint32_t result;
-  memcpy(&result, &difference, sizeof(result));
-  return result;
-}
-
 template <typename T, int kHeadDim, bool kHasBias>
 class Int8Pages {
   using Shared = SharedMemory<int8_t, kHeadDim, kHasBias>;
@@ -40,8 +23,10 @@ class Int8Pages {
  public:
   static constexpr int kLaneRows = 1;
 
-  __device__ Int8Pages()
-      : k_row_(threadIdx.x / 16 % 2, threadIdx.x / 8 % 2), v_row_(threadIdx.x / 8 % 2, threadIdx.x / 16 % 2) {}
+  __device__ explicit Int8Pages(const Args& args)
+      : high_bytes_(0x43004300u | (args.num_rows < 0)),
+        k_row_(threadIdx.x / 16 % 2, threadIdx.x / 8 % 2),
+        v_row_(threadIdx.x / 8 % 2, threadIdx.x / 16 % 2) {}
 
   // `scale`: of the scores. Channels are exact from 2^-7 of the row's largest (bfloat16) or 2^-4 (float16); the others
   // are off by at most 2^-15 of it. A row with a NaN or an infinity gets a NaN for its unit.
@@ -156,6 +141,18 @@ class Int8Pages {
     }
   }
 
+  // Bytes 0 and 2 of x as bfloat16, exactly and without conversion instructions, which run at a quarter of the rate of
+  // others: 0x4300 | m is 128 + m for m up to 127; bit 7, worth -128, falls into the exponent and makes 256 of 128.
+  __device__ uint32_t widen(uint32_t x) const {
+    const uint32_t bits[2] = {(x & 0x007f007fu) | high_bytes_, (x & 0x00800080u) | high_bytes_};
+    __nv_bfloat162 pairs[2];
+    memcpy(pairs, bits, sizeof(pairs));
+    const __nv_bfloat162 difference = __hsub2(pairs[0], pairs[1]);
+    uint32_t result;
+    memcpy(&result, &difference, sizeof(result));
+    return result;
+  }
+
   __device__ void multiply_pv(const uint8_t* tile, int part, const float (&s)[2][2]) {
     uint32_t weights[4];
     cuda::split(s[0][0], s[0][1], weights[0], weights[1]);
@@ -168,12 +165,14 @@ class Int8Pages {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float(*out)[4] = out_ + 2 * (piece + i);
-        ptx::mma<cuda::BFloat16>(out[0], weights, widen<0, 2>(v[2 * i]), widen<0, 2>(v[2 * i + 1]));
-        ptx::mma<cuda::BFloat16>(out[1], weights, widen<1, 3>(v[2 * i]), widen<1, 3>(v[2 * i + 1]));
+        ptx::mma<cuda::BFloat16>(out[0], weights, widen(v[2 * i]), widen(v[2 * i + 1]));
+        ptx::mma<cuda::BFloat16>(out[1], weights, widen(v[2 * i] >> 8), widen(v[2 * i + 1] >> 8));
       }
     }
   }
 
+  // 0x43004300. If ptxas knew the constant, it would need a second instruction for each use: one takes one constant.
+  const uint32_t high_bytes_;
   MatrixRow<kRowBytes> k_row_, v_row_;
   float row_scale_;
   uint32_t q_[kHeadDim / 32][4];

@@ -49,7 +49,8 @@ class Cta {
         split_(static_cast<int>(blockIdx.x / p_.shape.num_kv_heads % args.num_splits)),
         batch_(blockIdx.x / p_.shape.num_kv_heads / args.num_splits / args.row_blocks),
         scale_(scale_of(p_, batch_)),
-        bias_(p_.bias, kv_head_, scale_, shared.bias) {
+        bias_(p_.bias, kv_head_, scale_, shared.bias),
+        warp_rows_(args) {
     const int64_t block = blockIdx.x / p_.shape.num_kv_heads / args.num_splits;
     first_row_ = static_cast<int>(block % args.row_blocks) * args.row_tiles * kTileRows;
     num_rows_ = min(args.row_tiles * kTileRows, args.num_rows - first_row_);
@@ -68,6 +69,10 @@ class Cta {
     const int32_t tiles = max(cuda::ceil_div(end - begin, args.num_splits), kMinSplitTiles);
     first_tile_ = begin + split_ * tiles;
     num_tiles_ = min(tiles, end - first_tile_);
+    key_limit_ = min(key_end_, first_key(num_tiles_));
+    next_key_ = first_key(0) + static_cast<int32_t>(threadIdx.x % kTileKeys);
+    next_page_ = next_key_ / args.page_size;
+    next_row_ = next_key_ % args.page_size;
 #pragma unroll
     for (int half = 0; half < Warp::kLaneRows; ++half) {
       const int row = row_tile_ * kTileRows + half * 8 + lane_ / 4;
@@ -83,9 +88,9 @@ class Cta {
     if (num_tiles_ <= 0) return mark_empty();
     Location places[kStages];
 #pragma unroll
-    for (int tile = 0; tile < kStages; ++tile) places[tile] = look_up(tile);
+    for (int tile = 0; tile < kStages; ++tile) places[tile] = look_up();
 #pragma unroll
-    for (int tile = 0; tile < kStages; ++tile) note(tile, places[tile]);
+    for (int tile = 0; tile < kStages - 1; ++tile) note(tile, places[tile]);
     __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) {
@@ -93,9 +98,12 @@ class Cta {
       ptx::commit_copies();
     }
     Location next = places[kStages - 1];
+    __syncthreads();  // nobody reads the first places any more
+    note(kStages - 1, next);
+    [[maybe_unused]] int32_t position = first_key(0) % args_.chunk_len;  // of the tile's first key in its chunk
     if constexpr (kHasBias) {
       bias_.make_operand();
-      bias_.turn(first_key(0) % args_.chunk_len);
+      bias_.turn(position);
     }
     const bool has_rows = row_tile_ < args_.row_tiles;
     for (int tile = 0; tile < num_tiles_; ++tile) {
@@ -110,17 +118,16 @@ class Cta {
           bias_.make_rows(i % kSteps, shared_.rows()[i / kSteps]);
         }
         __syncthreads();  // the left operands of all rows are here; nobody reads the turned bias any more
-        bias_.turn(first_key(tile + 1) % args_.chunk_len);
+        position = position + kTileKeys == args_.chunk_len ? 0 : position + kTileKeys;
+        bias_.turn(position);
       }
-      next = look_up(tile + kStages);
+      next = look_up();
       if (has_rows) {
         const int32_t first = first_key(tile);
-        const uint32_t exists[2] = {shared_.exists[tile % Shared::kPlaces][0],
-                                    shared_.exists[tile % Shared::kPlaces][1]};
-        if ((exists[0] & exists[1]) == ~0u && first + kTileKeys - 1 <= first_position_ && first > all_after_) {
+        if (is_whole(tile) && first + kTileKeys - 1 <= first_position_ && first > all_after_) {
           attend(tile, [](int, auto&) {});
         } else {
-          attend(tile, [&](int part, auto& s) { rows_.mask(part, first, exists, s); });
+          attend(tile, [&](int part, auto& s) { rows_.mask(part, first, shared_.exists[tile % Shared::kExists], s); });
         }
       }
       note(tile + kStages, next);
@@ -155,12 +162,16 @@ class Cta {
     }
   }
 
-  // Of the thread's key: the first half of the CTA copies the keys' scales, the second half the values'.
-  __device__ Location look_up(int tile) const {
-    const int32_t key = first_key(tile) + static_cast<int32_t>(threadIdx.x % kTileKeys);
-    if (tile >= num_tiles_ || key >= key_end_) return {-1, 0};
-    const int32_t page = p_.block_table[batch_ * p_.block_table_stride + key / args_.page_size];
-    return cuda::locate(page, key % args_.page_size, p_.num_pages);
+  // Where the thread's key of the next tile lies: the first half of the CTA looks after keys, the second after values.
+  __device__ Location look_up() {
+    Location place = {-1, 0};
+    if (next_key_ < key_limit_) {
+      const int32_t page = p_.block_table[batch_ * p_.block_table_stride + next_page_];
+      place = cuda::locate(page, next_row_, p_.num_pages);
+    }
+    next_key_ += kTileKeys;
+    for (next_row_ += kTileKeys; next_row_ >= args_.page_size; next_row_ -= args_.page_size) ++next_page_;
+    return place;
   }
 
   // What the CTA needs to know of the place.
@@ -170,30 +181,28 @@ class Cta {
     shared_.places[tile % Shared::kPlaces][of_v][threadIdx.x % kTileKeys] =
         place.exists() ? elements * static_cast<int64_t>(sizeof(C)) : -1;
     const uint32_t exists = __ballot_sync(0xffffffffu, place.exists());
-    if (of_v == 0 && lane_ == 0) shared_.exists[tile % Shared::kPlaces][warp_] = exists;
+    if (of_v == 0 && lane_ == 0) shared_.exists[tile % Shared::kExists][warp_] = exists;
   }
 
   __device__ int64_t offset(const Pages& pages, const Location& place) const {
     return place.page * pages.page_stride + place.row * pages.row_stride + kv_head_ * pages.head_stride;
   }
 
+  // Whether all keys of the tile lie somewhere.
+  __device__ bool is_whole(int tile) const {
+    const uint32_t(&exists)[2] = shared_.exists[tile % Shared::kExists];
+    return (exists[0] & exists[1]) == ~0u;
+  }
+
   // `place`: what look_up gave for the tile. Keys that do not exist become zeros, since even with weight 0 a NaN would
-  // show.
+  // show; a copy that may have to do so takes three times the instructions.
   __device__ void copy_tile(int tile, const Location& place) {
-    auto& stage = shared_.stages[tile % kStages];
-    const int piece = threadIdx.x % kPieces;
-    const auto copy = [&](uint8_t* to, const void* pages, int64_t from) {
-      const bool exists = from >= 0;
-      ptx::copy_async_16(ptx::shared_address(to), static_cast<const uint8_t*>(pages) + (exists ? from : 0) + piece * 16,
-                         exists ? 16 : 0);
-    };
-    const auto& places = shared_.places[tile % Shared::kPlaces];
-#pragma unroll
-    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
-      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
-      const int at = swizzled_bytes<kRowBytes>(row, piece);
-      copy(stage.k + at, p_.k.data, places[0][row]);
-      copy(stage.v + at, p_.v.data, places[1][row]);
+    if (is_whole(tile)) {
+      copy_rows(tile, [](uint32_t to, const uint8_t* pages, int64_t from) { ptx::copy_async_16(to, pages + from); });
+    } else {
+      copy_rows(tile, [](uint32_t to, const uint8_t* pages, int64_t from) {
+        ptx::copy_async_16(to, pages + (from < 0 ? 0 : from), from < 0 ? 0 : 16);
+      });
     }
     if constexpr (kIsInt8) {
       const bool of_k = threadIdx.x < kTileKeys;
@@ -202,6 +211,22 @@ class Cta {
       ptx::copy_async_4(ptx::shared_address(scale + threadIdx.x % kTileKeys),
                         static_cast<const float*>(pages.data) + (place.exists() ? offset(pages, place) : 0),
                         place.exists() ? 4 : 0);
+    }
+  }
+
+  template <typename Copy>
+  __device__ void copy_rows(int tile, const Copy& copy) {
+    const auto& places = shared_.places[tile % Shared::kPlaces];
+    auto& stage = shared_.stages[tile % kStages];
+    const int piece = threadIdx.x % kPieces;
+    const uint8_t* k = static_cast<const uint8_t*>(p_.k.data) + piece * 16;
+    const uint8_t* v = static_cast<const uint8_t*>(p_.v.data) + piece * 16;
+#pragma unroll
+    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
+      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
+      const int at = swizzled_bytes<kRowBytes>(row, piece);
+      copy(ptx::shared_address(stage.k + at), k, places[0][row]);
+      copy(ptx::shared_address(stage.v + at), v, places[1][row]);
     }
   }
 
@@ -295,7 +320,9 @@ class Cta {
   int32_t first_position_;    // the block's rows all attend the keys up to this one
   int32_t all_after_;         // and after this one
   int32_t first_tile_, num_tiles_;
-  int64_t chunk_end_ = 0;  // first key for which the rows have to be loaded anew
+  int32_t key_limit_;                        // the split's keys end here
+  int32_t next_key_, next_page_, next_row_;  // that the thread looks up next
+  int64_t chunk_end_ = 0;                    // first key for which the rows have to be loaded anew
   Warp warp_rows_;
   LaneRows<Warp::kLaneRows> rows_;
 };
