@@ -100,6 +100,19 @@ def test_decode(case: Case, dtype: torch.dtype, cache: str, kernels: str) -> Non
     assert_close_to_reference(lse, exact_lse, rounded_lse, floor=5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_rows_of_any_size(dtype: torch.dtype, kernels: str) -> None:
+    """A row's unit is its own: it loses nothing beside larger rows, zeros or one large channel."""
+    args, kwargs = Case("", (300,), num_heads=7, num_kv_heads=1, head_dim=128).inputs(dtype, "int8")
+    args[0] *= torch.tensor([1.0, 1e-3, 0.0, 3.0, 1e-5, 0.5, 1.0])[:, None].to(dtype)
+    args[0][:, :, 6, 77] = 60.0
+    rounded = reference.decode_attention(*args, compute_dtype=dtype, **kwargs)
+    exact = reference.decode_attention(args[0].double(), *args[1:], **kwargs)
+    out = ops.decode_attention(*args, **kwargs)
+    for head in range(7):
+        assert_close_to_reference(out[:, :, head], exact[:, :, head], rounded[:, :, head], floor=5e-6)
+
+
 def test_equals_prefill_attention() -> None:
     """The last rows of a causal prefill, read from pages."""
     k, v = (torch.randn(300, 2, 64) for _ in range(2))

@@ -102,6 +102,7 @@ def select(ops: Any) -> Any:
 
 WIDE = random_qkv(70, 150, 4, 2, 128, torch.bfloat16)
 WIDE_PAGES = [normal(5, 48, 2, 128).bfloat16() for _ in range(2)]
+WIDE_INT8_PAGES = [torch.randint(-127, 128, (5, 48, 2, 128), generator=GENERATOR, dtype=torch.int8) for _ in range(2)]
 LENGTH = torch.tensor([200], dtype=torch.int32)
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -112,6 +113,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "decode, 128 channels": lambda ops: ops.decode_attention(
         *(WIDE[0][None, :2], *WIDE_PAGES, TABLE[:1], LENGTH),
         *(None, None, None, None, 1.0, None, None, None, 0.1, None, None),
+    ),
+    "decode, int8, 128 channels": lambda ops: ops.decode_attention(
+        *(WIDE[0][None, :2], *WIDE_INT8_PAGES, TABLE[:1], LENGTH),
+        *(*SCALES, 100 * WIDE[1][0].float(), inv_freq(128), 1.0, None, None, None, 0.1, None, 150),
     ),
     "sparse dual-chunk": attention(random_indexes(4, 450, [70, 0, 9, 200]), random_indexes(4, 450, [20, 4, 0, 90])),
     # Slashes that cover the columns for every other block: of two blocks that share tiles, only one attends most.

@@ -8,7 +8,7 @@
 // before it share two products with 32 columns, a constant right operand, and no more work than one with 64.
 //
 // b is as large as 900, its product with q as 10^4, and the score must be exact to 10^-2: both operands are split into
-// high and low bfloat16 parts, of which three products are formed.
+// high and low bfloat16 parts. Both parts of the 8 rows are one left operand, so all four products take two mma.
 #pragma once
 
 #include "cuda/common/ptx.h"
@@ -31,14 +31,16 @@ class KeyBias {
  public:
   using Tables = BiasTables<kHeadDim>;
 
-  __device__ KeyBias(const RotatedBias& bias, int64_t kv_head, Tables& tables)
-      : tables_(tables), inv_freq_(bias.inv_freq), factor_(static_cast<float>(bias.attention_factor)) {
+  // `scale`: of the scores.
+  __device__ KeyBias(const RotatedBias& bias, int64_t kv_head, float scale, Tables& tables)
+      : tables_(tables), inv_freq_(bias.inv_freq) {
     // the upper threads: the lower ones look up pages at the same time
     channel_ = static_cast<int>(threadIdx.x) - (kThreads - kHalf);
     if (channel_ < 0) return;
     turns_ = inv_freq_[channel_] * kTurnsPerRadian;
-    first_ = bias.data[kv_head * kHeadDim + channel_] * factor_;
-    second_ = bias.data[kv_head * kHeadDim + kHalf + channel_] * factor_;
+    const float factor = static_cast<float>(bias.attention_factor) * scale;
+    first_ = bias.data[kv_head * kHeadDim + channel_] * factor;
+    second_ = bias.data[kv_head * kHeadDim + kHalf + channel_] * factor;
   }
 
   // The constant right operand.
@@ -69,61 +71,52 @@ class KeyBias {
     tables_.turned[kHalf + channel_] = second_ * rotation.x + first_ * rotation.y;
   }
 
-  // The left operand of the turned bias, for 16 channel pairs of a row tile.
+  // The left operand of the turned bias, for 16 channel pairs of a row tile: high parts in rows 0 to 7, low in 8 to 15.
   template <typename Rows>
   __device__ void make_rows(int step, Rows& rows) const {
     const int lane = threadIdx.x % 32;
     const int channel = step * 16 + lane % 4 * 4;
     const float4 b0 = *reinterpret_cast<const float4*>(tables_.turned + channel);
     const float4 b1 = *reinterpret_cast<const float4*>(tables_.turned + kHalf + channel);
-    uint32_t even[2][4], odd[2][4];  // [high or low part]
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t* q = rows.q[half * 8 + lane / 4];
-      const uint2 bits0 = *reinterpret_cast<const uint2*>(q + channel * 2);
-      const uint2 bits1 = *reinterpret_cast<const uint2*>(q + (kHalf + channel) * 2);
-      const auto combine = [&](uint32_t pair0, uint32_t pair1, float b0x, float b0y, float b1x, float b1y, int i) {
-        const float2 q0 = cuda::unpack<T>(pair0), q1 = cuda::unpack<T>(pair1);
-        cuda::split(q0.x * b0x + q1.x * b1x, q0.y * b0y + q1.y * b1y, even[0][i], even[1][i]);
-        cuda::split(q1.x * b0x - q0.x * b1x, q1.y * b0y - q0.y * b1y, odd[0][i], odd[1][i]);
-      };
-      combine(bits0.x, bits1.x, b0.x, b0.y, b1.x, b1.y, half);
-      combine(bits0.y, bits1.y, b0.z, b0.w, b1.z, b1.w, 2 + half);
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      rows.bias.operand[step][part][lane] = make_uint4(even[part][0], even[part][1], even[part][2], even[part][3]);
-      rows.bias.operand[kHalfSteps + step][part][lane] =
-          make_uint4(odd[part][0], odd[part][1], odd[part][2], odd[part][3]);
-    }
+    const uint8_t* q = rows.q[lane / 4];
+    const uint2 bits0 = *reinterpret_cast<const uint2*>(q + channel * 2);
+    const uint2 bits1 = *reinterpret_cast<const uint2*>(q + (kHalf + channel) * 2);
+    uint32_t x[2][4];  // of a pair of channels: even and odd sum, high and low part
+    const auto combine = [](uint32_t pair0, uint32_t pair1, float b0x, float b0y, float b1x, float b1y,
+                            uint32_t(&x)[4]) {
+      const float2 q0 = cuda::unpack<T>(pair0), q1 = cuda::unpack<T>(pair1);
+      cuda::split(q0.x * b0x + q1.x * b1x, q0.y * b0y + q1.y * b1y, x[0], x[1]);
+      cuda::split(q1.x * b0x - q0.x * b1x, q1.y * b0y - q0.y * b1y, x[2], x[3]);
+    };
+    combine(bits0.x, bits1.x, b0.x, b0.y, b1.x, b1.y, x[0]);
+    combine(bits0.y, bits1.y, b0.z, b0.w, b1.z, b1.w, x[1]);
+    rows.bias.operand[step][lane] = make_uint4(x[0][0], x[0][1], x[1][0], x[1][1]);
+    rows.bias.operand[kHalfSteps + step][lane] = make_uint4(x[0][2], x[0][3], x[1][2], x[1][3]);
   }
 
-  // The scores of the bias at 8 distances: of the keys after the middle and of those before it.
+  // The scores of the bias at distances 2t and 2t + 1 of 8: of the keys after the middle and of those before it.
   template <typename Rows>
-  __device__ void multiply(const Rows& rows, int columns, float (&after)[4], float (&before)[4]) const {
+  __device__ void multiply(const Rows& rows, int columns, float (&scores)[2][2]) const {
     const int lane = threadIdx.x % 32;
     float sums[2][4] = {};
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
-      const uint4 high = rows.bias.operand[step][0][lane], low = rows.bias.operand[step][1][lane];
-      const uint4 right = tables_.operand[step][columns][lane];
-      const uint32_t a_high[4] = {high.x, high.y, high.z, high.w}, a_low[4] = {low.x, low.y, low.z, low.w};
-      float(&sum)[4] = sums[step / kHalfSteps];
-      ptx::mma<cuda::BFloat16>(sum, a_high, right.x, right.y);
-      ptx::mma<cuda::BFloat16>(sum, a_high, right.z, right.w);
-      ptx::mma<cuda::BFloat16>(sum, a_low, right.x, right.y);
+      const uint4 left = rows.bias.operand[step][lane], right = tables_.operand[step][columns][lane];
+      const uint32_t a[4] = {left.x, left.y, left.z, left.w};
+      ptx::mma<cuda::BFloat16>(sums[step / kHalfSteps], a, right.x, right.y);
+      ptx::mma<cuda::BFloat16>(sums[step / kHalfSteps], a, right.z, right.w);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      after[i] = sums[0][i] + sums[1][i];
-      before[i] = sums[0][i] - sums[1][i];
+    for (int e = 0; e < 2; ++e) {
+      const float even = sums[0][e] + sums[0][2 + e], odd = sums[1][e] + sums[1][2 + e];
+      scores[0][e] = even + odd;
+      scores[1][e] = even - odd;
     }
   }
 
  private:
   Tables& tables_;
   const double* inv_freq_;
-  float factor_;
   int channel_;           // that this thread turns, with its partner; negative: none
   double turns_;          // of the channel, for one position
   float first_, second_;  // its bias
@@ -131,7 +124,7 @@ class KeyBias {
 
 // In place of KeyBias.
 struct NoBias {
-  __device__ NoBias(const RotatedBias&, int64_t, Nothing&) {}
+  __device__ NoBias(const RotatedBias&, int64_t, float, Nothing&) {}
 };
 
 }  // namespace qwen_sparse::sm80::decode

@@ -10,12 +10,13 @@
 namespace qwen_sparse::sm80::decode {
 
 constexpr int kTileKeys = 64;
-constexpr int kTileRows = 16;  // rows of one mma
 constexpr int kWarpKeys = 16;  // keys that a warp takes at once
 constexpr int kNumWarps = 4;
 constexpr int kThreads = kNumWarps * 32;
-constexpr int kMaxRowTiles = kMaxDecodeRows / kTileRows;
-constexpr int kCtasPerSm = 2;      // one computes while the other waits for its tile
+constexpr int kMaxRowTiles = kNumWarps;
+template <typename C>
+constexpr int kTileRows = sizeof(C) == 1 ? 8 : 16;  // of one mma's 16: int8_pages.cuh holds each row in two parts
+constexpr int kCtasPerSm = 3;                       // one computes while the others wait for their tiles
 constexpr int kMinSplitTiles = 4;  // about as much as is in flight at once, so fewer would not finish sooner
 constexpr int kMaxSplits = 256;
 constexpr int kMaxCtas = 2048;  // bound for the workspace, whose size must not depend on the device
@@ -28,7 +29,7 @@ struct Args {
   int32_t capacity;  // as p.shape.seqlen_k
   int32_t group_size;
   int32_t num_rows;    // seqlen_q * group_size
-  int32_t row_tiles;   // of 16 rows, in a block
+  int32_t row_tiles;   // in a block
   int32_t row_blocks;  // that num_rows are cut into
   int32_t num_splits;
   int32_t page_size;
@@ -37,10 +38,10 @@ struct Args {
   float* partial_out;  // [batch * seqlen_q * num_heads, num_splits, head_dim]
 };
 
-// Left operand of the bias product, as the lanes of a warp hold it: high parts, low parts.
+// Left operand of the bias product, as the lanes of a warp hold it.
 template <int kHeadDim>
 struct BiasRows {
-  uint4 operand[kHeadDim / 16][2][32];
+  uint4 operand[kHeadDim / 16][32];
 };
 
 template <int kHeadDim>
@@ -55,10 +56,12 @@ template <typename C, int kHeadDim, bool kHasBias>
 struct SharedMemory {
   static constexpr bool kIsInt8 = sizeof(C) == 1;
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(C));
-  // Two CTAs on an SM of an A100 (164 KiB), one on the smaller cards of its generation (100 KiB): 8 KiB tiles (K and V,
-  // int8, 64 dims) four times, 16 KiB three times, 32 KiB twice.
+  static constexpr int kTileRows = decode::kTileRows<C>;
+  // Three CTAs on an SM of an H200 (228 KiB), two of an A100 (164 KiB), one on the smaller cards of its generation (100
+  // KiB): 8 KiB tiles (K and V, int8, 64 dims) four times, 16 KiB three times, 32 KiB twice.
   static constexpr int kStages = kRowBytes == 64 ? 4 : kRowBytes == 128 ? 3 : 2;
-  static constexpr int kPlaces = kStages < 4 ? 4 : 8;  // tiles whose keys' places are known: kStages + 1 or more
+  static constexpr int kPlaces = kStages > 3 ? kStages - 1 : 2;  // tiles whose keys' places are known before the copy
+  static constexpr int kExists = kStages < 4 ? 4 : 8;            // the tiles from that one to the one computed
 
   struct Stage {
     alignas(256) uint8_t k[kTileKeys * kRowBytes];
@@ -74,7 +77,8 @@ struct SharedMemory {
     Merge merge;
   };
   static_assert(sizeof(Merge) <= kStages * sizeof(Stage), "merging needs no memory of its own");
-  cuda::Location places[kPlaces][kTileKeys];
+  int64_t places[kPlaces][2][kTileKeys];  // bytes from the start of K and of V; negative: nowhere
+  uint32_t exists[kExists][2];            // bits: keys that lie somewhere, before the middle of the tile and after
   alignas(16) float k_scale[kIsInt8 ? kStages : 1][kTileKeys];
   alignas(16) float v_scale[kIsInt8 ? kStages : 1][kTileKeys];
   std::conditional_t<kHasBias, BiasTables<kHeadDim>, Nothing> bias;

@@ -20,16 +20,16 @@ int64_t max_splits(const DecodeParams& p) {
   return std::max<int64_t>(1, std::min({most_tiles, most_ctas, int64_t{decode::kMaxSplits}}));
 }
 
-// CTAs run in waves of `slots`; the fewest splits whose last wave leaves at most 5 % less idle than the best choice
-// would.
-int64_t choose_splits(int64_t tasks, int64_t slots, int64_t most) {
-  const auto efficiency = [&](int64_t splits) {
-    return static_cast<double>(tasks * splits) / static_cast<double>(cuda::round_up(tasks * splits, slots));
+// CTAs run in waves of `slots`, each over a split's tiles one after the other; the fewest splits that need at most 1 %
+// more steps than the best choice would. 2^20 keys of 4 kv heads on 132 SMs: 99 splits, three CTAs on every SM.
+int64_t choose_splits(int64_t tasks, int64_t tiles, int64_t slots, int64_t most) {
+  const auto steps = [&](int64_t splits) {
+    return cuda::ceil_div(tasks * splits, slots) * cuda::ceil_div(tiles, splits);
   };
-  double best = 0.0;
-  for (int64_t splits = 1; splits <= most; ++splits) best = std::max(best, efficiency(splits));
+  int64_t best = steps(1);
+  for (int64_t splits = 2; splits <= most; ++splits) best = std::min(best, steps(splits));
   int64_t splits = 1;
-  while (efficiency(splits) < 0.95 * best) ++splits;
+  while (steps(splits) * 100 > best * 101) ++splits;
   return splits;
 }
 
@@ -44,9 +44,10 @@ void run(Args& args, Launch launch) {
   using Shared = decode::SharedMemory<C, kHeadDim, kHasBias>;
   const DecodeParams& p = args.p;
   const int limit = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device);
-  args.row_tiles = std::min(cuda::ceil_div(args.num_rows, decode::kTileRows), decode::kMaxRowTiles);
+  constexpr int kTileRows = decode::kTileRows<C>;
+  args.row_tiles = std::min(cuda::ceil_div(args.num_rows, kTileRows), decode::kMaxRowTiles);
   while (args.row_tiles > 1 && Shared::bytes(args.row_tiles) > limit) --args.row_tiles;
-  args.row_blocks = cuda::ceil_div(args.num_rows, args.row_tiles * decode::kTileRows);
+  args.row_blocks = cuda::ceil_div(args.num_rows, args.row_tiles * kTileRows);
 
   constexpr int kReserved = 1024;  // by the system, of each CTA's shared memory
   const int per_sm = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, launch.device);
@@ -54,7 +55,8 @@ void run(Args& args, Launch launch) {
   const int64_t slots =
       int64_t{cuda::device_attribute(cudaDevAttrMultiProcessorCount, launch.device)} * std::max(ctas_per_sm, 1);
   const int64_t tasks = p.batch * p.shape.num_kv_heads * args.row_blocks;
-  args.num_splits = static_cast<int32_t>(choose_splits(tasks, slots, max_splits(p)));
+  const int64_t tiles = cuda::ceil_div<int64_t>(p.shape.seqlen_k, decode::kTileKeys);
+  args.num_splits = static_cast<int32_t>(choose_splits(tasks, tiles, slots, max_splits(p)));
   cuda::Arena arena(p.workspace);
   take_partials(p, args.num_splits, arena, args);
   decode::launch_splits<T, C, kHeadDim, kHasBias>(args, launch.stream);

@@ -1,54 +1,38 @@
 // Decode attention on Ampere and later: a few rows per sequence against pages of 16-bit or int8 keys and values.
 //
-// Grid: one CTA per (sequence, block of up to 64 rows, split of the keys, kv head); rows are all query heads of the kv
-// head at all positions. Heads are neighbours in the grid, as their keys are in memory. The number of splits follows
-// from the cache's capacity; which keys a split takes, in whole tiles of 64, from the sequence's length on the device.
-// Splits without keys leave a marker. Warps: 4. A warp holds 16 rows and takes 16 keys of a tile at a time, with an
-// online softmax of its own. With one tile of rows (the usual case) each warp takes a quarter of the keys; with two,
-// warps pair up; with three or four, each takes all keys for its own rows. What warps have of the same rows is merged
-// at the end. Shared memory: kStages tiles of K and V in flight, with scales; places of the keys of the tiles to come,
-// looked up one tile before they are copied, since that waits for global memory; the rows; operands of the bias
-// (bias.cuh).
-//
-// Keys of a warp's 16: 8 after the middle of the tile, and the 8 that mirror them before it, in reverse. That is what
-// the bias product wants, and costs nothing elsewhere, as matrices are loaded row by row. int8: 16 bytes of a key take
-// the place of 8 16-bit elements in ldmatrix, so a lane receives 4 consecutive channels of a key; the rows are held in
-// the same order, which a sum over channels does not mind. Of a value it receives channels 2g and 2g + 1 of two keys;
-// one product takes the even and one the odd channels. The key's scale meets the score, the value's scale meets the
-// weight. These weights are split into high and low bfloat16 parts, which keeps 16 bits of them, for two products:
-// float16 could not hold them, and rounded to bfloat16 once, a row that attends one key has up to 1.9 times PyTorch's
-// error, since the scale is rounded as well as the result. The second product costs 4 to 7 % of the instructions of the
-// loop over parts of tiles (head_dim 128: 648 to 678 in sm_80 code, with a bias 721 to 754).
+// Grid: one CTA per (sequence, block of rows, split of the keys, kv head); rows are all query heads of the kv head at
+// all positions. Heads are neighbours in the grid, as their keys are in memory. The number of splits follows from the
+// cache's capacity; which keys a split takes, in whole tiles of 64, from the sequence's length on the device. Splits
+// without keys leave a marker. Warps: 4. A warp holds one tile of rows, 16 or, of int8 pages, 8 (float_pages.cuh,
+// int8_pages.cuh), and takes 16 keys of a tile at a time, with an online softmax of its own. With one tile of rows (the
+// usual case) each warp takes a quarter of the keys; with two, warps pair up; with three or four, each takes all keys
+// for its own rows. What warps have of the same rows is merged at the end. Shared memory: kStages tiles of K and V in
+// flight, with scales; places of the keys of the tiles to come, looked up one tile before they are copied, since that
+// waits for global memory; the rows; operands of the bias (bias.cuh).
 #pragma once
 
 #include <cmath>
 
-#include "cuda/common/attention.h"
 #include "cuda/sm80/decode/bias.cuh"
-#include "cuda/sm80/decode/int8.cuh"
+#include "cuda/sm80/decode/float_pages.cuh"
+#include "cuda/sm80/decode/int8_pages.cuh"
 
 namespace qwen_sparse::sm80::decode {
 
 using cuda::Location;
-
-// cuda::swizzled for rows of bytes; of the short ones, two share 128 bytes.
-template <int kRowBytes>
-__device__ __forceinline__ int swizzled_bytes(int row, int piece) {
-  if constexpr (kRowBytes == 64) return row * kRowBytes + ((piece ^ (row >> 1 & 3)) << 4);
-  return cuda::swizzled<kRowBytes / 2>(row, piece);
-}
 
 template <typename T, typename C, int kHeadDim, bool kHasBias>
 class Cta {
   using Shared = SharedMemory<C, kHeadDim, kHasBias>;
   using Bias = std::conditional_t<kHasBias, KeyBias<T, kHeadDim>, NoBias>;
   static constexpr bool kIsInt8 = Shared::kIsInt8;
-  using V = std::conditional_t<kIsInt8, cuda::BFloat16, T>;  // values and weights as multiplied
+  using Warp = std::conditional_t<kIsInt8, Int8Pages<T, kHeadDim, kHasBias>, FloatPages<T, kHeadDim>>;
+  static constexpr int kTileRows = Shared::kTileRows;
   static constexpr int kStages = Shared::kStages;
   static constexpr int kRowBytes = Shared::kRowBytes;
   static constexpr int kPieces = kRowBytes / 16;          // of a key
   static constexpr int kRowsAtOnce = kThreads / kPieces;  // that all threads copy with one instruction each
-  static constexpr int kSteps = kHeadDim / 16;            // of QK^T
+  static_assert(kThreads == 2 * kTileKeys, "a thread looks after one key or value of a tile");
 
  public:
   __device__ Cta(const Args& args, Shared& shared)
@@ -63,9 +47,11 @@ class Cta {
         row_tile_(warp_ % row_warps_),
         kv_head_(static_cast<int>(blockIdx.x % p_.shape.num_kv_heads)),
         split_(static_cast<int>(blockIdx.x / p_.shape.num_kv_heads % args.num_splits)),
-        bias_(p_.bias, kv_head_, shared.bias) {
+        batch_(blockIdx.x / p_.shape.num_kv_heads / args.num_splits / args.row_blocks),
+        scale_(scale_of(p_, batch_)),
+        bias_(p_.bias, kv_head_, scale_, shared.bias),
+        warp_rows_(args) {
     const int64_t block = blockIdx.x / p_.shape.num_kv_heads / args.num_splits;
-    batch_ = block / args.row_blocks;
     first_row_ = static_cast<int>(block % args.row_blocks) * args.row_tiles * kTileRows;
     num_rows_ = min(args.row_tiles * kTileRows, args.num_rows - first_row_);
     const int64_t seqlen_q = p_.shape.seqlen_q;
@@ -73,73 +59,96 @@ class Cta {
     if (seqlen_k < seqlen_q) seqlen_k = seqlen_q;
     if (seqlen_k > args.capacity) seqlen_k = args.capacity;
     past_ = static_cast<int32_t>(seqlen_k - seqlen_q);
-    scale_ = p_.softmax_scale * cuda::kLog2E;  // so that scores are in base 2
-    if (p_.scale_factors != nullptr) {
-      const float factor = p_.scale_factors[batch_];
-      scale_ *= isfinite(factor) ? factor : NAN;  // an infinite one would look like rows that attend nothing
-    }
 
     // of the tiles that any row of the block attends, an equal part
-    const int32_t first_position = position_of(first_row_);
-    key_end_ = max(position_of(first_row_ + num_rows_ - 1) + 1, 0);
-    const int32_t lowest = static_cast<int32_t>(max(int64_t{first_position} - p_.window + 1, int64_t{0}));
-    const int32_t begin = lowest / kTileKeys, end = cuda::ceil_div(key_end_, kTileKeys);
+    const int32_t last_position = position_of(first_row_ + num_rows_ - 1);
+    first_position_ = position_of(first_row_);
+    key_end_ = max(last_position + 1, 0);
+    all_after_ = key_before(last_position);
+    const int32_t begin = (key_before(first_position_) + 1) / kTileKeys, end = cuda::ceil_div(key_end_, kTileKeys);
     const int32_t tiles = max(cuda::ceil_div(end - begin, args.num_splits), kMinSplitTiles);
     first_tile_ = begin + split_ * tiles;
     num_tiles_ = min(tiles, end - first_tile_);
+    key_limit_ = min(key_end_, first_key(num_tiles_));
+    next_key_ = first_key(0) + static_cast<int32_t>(threadIdx.x % kTileKeys);
+    next_page_ = next_key_ / args.page_size;
+    next_row_ = next_key_ % args.page_size;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Warp::kLaneRows; ++half) {
       const int row = row_tile_ * kTileRows + half * 8 + lane_ / 4;
       const int32_t position = row < num_rows_ ? position_of(first_row_ + row) : -1;
-      last_key_[half] = position;
-      key_before_[half] = static_cast<int32_t>(max(position - p_.window, int64_t{-1}));
+      rows_.last_key[half] = position;
+      rows_.key_before[half] = key_before(position);
+      rows_.max[half] = -INFINITY;
+      rows_.sum[half] = 0.0f;
     }
   }
 
   __device__ void run() {
     if (num_tiles_ <= 0) return mark_empty();
-    for (int i = threadIdx.x; i < kStages * kTileKeys; i += kThreads) {
-      place(i / kTileKeys, i % kTileKeys) = look_up(i / kTileKeys, i % kTileKeys);
-    }
+    Location places[kStages];
+#pragma unroll
+    for (int tile = 0; tile < kStages; ++tile) places[tile] = look_up();
+#pragma unroll
+    for (int tile = 0; tile < kStages - 1; ++tile) note(tile, places[tile]);
     __syncthreads();
+#pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) {
-      if (tile < num_tiles_) copy_tile(tile);
+      if (tile < num_tiles_) copy_tile(tile, places[tile]);
       ptx::commit_copies();
     }
+    Location next = places[kStages - 1];
+    __syncthreads();  // nobody reads the first places any more
+    note(kStages - 1, next);
+    [[maybe_unused]] int32_t position = first_key(0) % args_.chunk_len;  // of the tile's first key in its chunk
     if constexpr (kHasBias) {
       bias_.make_operand();
-      bias_.turn(first_key(0) % args_.chunk_len);
+      bias_.turn(position);
     }
     const bool has_rows = row_tile_ < args_.row_tiles;
     for (int tile = 0; tile < num_tiles_; ++tile) {
       ptx::wait_copies<kStages - 2>();
       __syncthreads();  // the tile is here; nobody reads the one before any more
-      if (tile + kStages - 1 < num_tiles_) copy_tile(tile + kStages - 1);
+      if (tile + kStages - 1 < num_tiles_) copy_tile(tile + kStages - 1, next);
       ptx::commit_copies();
       if (first_key(tile) >= chunk_end_) load_rows(first_key(tile));
       if constexpr (kHasBias) {
-        for (int i = warp_; i < args_.row_tiles * (kSteps / 2); i += kNumWarps) {
-          bias_.make_rows(i % (kSteps / 2), shared_.rows()[i / (kSteps / 2)]);
+        constexpr int kSteps = kHeadDim / 32;
+        for (int i = warp_; i < args_.row_tiles * kSteps; i += kNumWarps) {
+          bias_.make_rows(i % kSteps, shared_.rows()[i / kSteps]);
         }
         __syncthreads();  // the left operands of all rows are here; nobody reads the turned bias any more
-        bias_.turn(first_key(tile + 1) % args_.chunk_len);
+        position = position + kTileKeys == args_.chunk_len ? 0 : position + kTileKeys;
+        bias_.turn(position);
       }
-      Location later;
-      if (threadIdx.x < kTileKeys) later = look_up(tile + kStages, threadIdx.x);
+      next = look_up();
       if (has_rows) {
-        for (int part = warp_ / row_warps_; part < kTileKeys / kWarpKeys; part += kNumWarps / row_warps_) {
-          attend(tile, part);
+        const int32_t first = first_key(tile);
+        if (is_whole(tile) && first + kTileKeys - 1 <= first_position_ && first > all_after_) {
+          attend(tile, [](int, auto&) {});
+        } else {
+          attend(tile, [&](int part, auto& s) { rows_.mask(part, first, shared_.exists[tile % Shared::kExists], s); });
         }
       }
-      if (threadIdx.x < kTileKeys) place(tile + kStages, threadIdx.x) = later;
+      note(tile + kStages, next);
     }
     merge();
   }
 
  private:
   __device__ int32_t position_of(int row) const { return past_ + row / args_.group_size; }
+  __device__ int32_t key_before(int32_t position) const {
+    return static_cast<int32_t>(max(position - p_.window, int64_t{-1}));
+  }
   __device__ int32_t first_key(int tile) const { return (first_tile_ + tile) * kTileKeys; }
-  __device__ Location& place(int tile, int i) { return shared_.places[tile % Shared::kPlaces][i]; }
+
+  // Factor of the scores of sequence `batch`, in base 2.
+  __device__ static float scale_of(const DecodeParams& p, int64_t batch) {
+    const float scale = p.softmax_scale * cuda::kLog2E;
+    if (p.scale_factors == nullptr) return scale;
+    const float factor = p.scale_factors[batch];
+    return scale * (isfinite(factor) ? factor : NAN);  // an infinite one would look like rows that attend nothing
+  }
 
   // Index of the row's result in [batch, seqlen_q, num_heads].
   __device__ int64_t output_of(int row) const {
@@ -153,40 +162,72 @@ class Cta {
     }
   }
 
-  __device__ Location look_up(int tile, int i) const {
-    const int32_t key = first_key(tile) + i;
-    if (tile >= num_tiles_ || key >= key_end_) return {-1, 0};
-    const int32_t page = p_.block_table[batch_ * p_.block_table_stride + key / args_.page_size];
-    return cuda::locate(page, key % args_.page_size, p_.num_pages);
+  // Where the thread's key of the next tile lies: the first half of the CTA looks after keys, the second after values.
+  __device__ Location look_up() {
+    Location place = {-1, 0};
+    if (next_key_ < key_limit_) {
+      const int32_t page = p_.block_table[batch_ * p_.block_table_stride + next_page_];
+      place = cuda::locate(page, next_row_, p_.num_pages);
+    }
+    next_key_ += kTileKeys;
+    for (next_row_ += kTileKeys; next_row_ >= args_.page_size; next_row_ -= args_.page_size) ++next_page_;
+    return place;
   }
 
-  // Keys that do not exist become zeros, since even with weight 0 a NaN would show.
-  __device__ void copy_tile(int tile) {
-    auto& stage = shared_.stages[tile % kStages];
-    const int piece = threadIdx.x % kPieces;
-#pragma unroll
-    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
-      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
-      const Location from = place(tile, row);
-      const int at = swizzled_bytes<kRowBytes>(row, piece);
-      ptx::copy_async_16(ptx::shared_address(stage.k + at), address<C>(p_.k, from) + piece * (16 / sizeof(C)),
-                         from.exists() ? 16 : 0);
-      ptx::copy_async_16(ptx::shared_address(stage.v + at), address<C>(p_.v, from) + piece * (16 / sizeof(C)),
-                         from.exists() ? 16 : 0);
+  // What the CTA needs to know of the place.
+  __device__ void note(int tile, const Location& place) {
+    const int of_v = threadIdx.x / kTileKeys;
+    const int64_t elements = offset(of_v == 0 ? p_.k : p_.v, place);
+    shared_.places[tile % Shared::kPlaces][of_v][threadIdx.x % kTileKeys] =
+        place.exists() ? elements * static_cast<int64_t>(sizeof(C)) : -1;
+    const uint32_t exists = __ballot_sync(0xffffffffu, place.exists());
+    if (of_v == 0 && lane_ == 0) shared_.exists[tile % Shared::kExists][warp_] = exists;
+  }
+
+  __device__ int64_t offset(const Pages& pages, const Location& place) const {
+    return place.page * pages.page_stride + place.row * pages.row_stride + kv_head_ * pages.head_stride;
+  }
+
+  // Whether all keys of the tile lie somewhere.
+  __device__ bool is_whole(int tile) const {
+    const uint32_t(&exists)[2] = shared_.exists[tile % Shared::kExists];
+    return (exists[0] & exists[1]) == ~0u;
+  }
+
+  // `place`: what look_up gave for the tile. Keys that do not exist become zeros, since even with weight 0 a NaN would
+  // show; a copy that may have to do so takes three times the instructions.
+  __device__ void copy_tile(int tile, const Location& place) {
+    if (is_whole(tile)) {
+      copy_rows(tile, [](uint32_t to, const uint8_t* pages, int64_t from) { ptx::copy_async_16(to, pages + from); });
+    } else {
+      copy_rows(tile, [](uint32_t to, const uint8_t* pages, int64_t from) {
+        ptx::copy_async_16(to, pages + (from < 0 ? 0 : from), from < 0 ? 0 : 16);
+      });
     }
     if constexpr (kIsInt8) {
       const bool of_k = threadIdx.x < kTileKeys;
-      const int row = threadIdx.x % kTileKeys;
-      const Location from = place(tile, row);
       float* scale = of_k ? shared_.k_scale[tile % kStages] : shared_.v_scale[tile % kStages];
-      ptx::copy_async_4(ptx::shared_address(scale + row), address<float>(of_k ? p_.k_scale : p_.v_scale, from),
-                        from.exists() ? 4 : 0);
+      const Pages& pages = of_k ? p_.k_scale : p_.v_scale;
+      ptx::copy_async_4(ptx::shared_address(scale + threadIdx.x % kTileKeys),
+                        static_cast<const float*>(pages.data) + (place.exists() ? offset(pages, place) : 0),
+                        place.exists() ? 4 : 0);
     }
   }
 
-  template <typename Element>
-  __device__ const Element* address(const Pages& pages, const Location& place) const {
-    return cuda::address<Element>(pages, place.exists() ? place : Location{0, 0}, kv_head_);
+  template <typename Copy>
+  __device__ void copy_rows(int tile, const Copy& copy) {
+    const auto& places = shared_.places[tile % Shared::kPlaces];
+    auto& stage = shared_.stages[tile % kStages];
+    const int piece = threadIdx.x % kPieces;
+    const uint8_t* k = static_cast<const uint8_t*>(p_.k.data) + piece * 16;
+    const uint8_t* v = static_cast<const uint8_t*>(p_.v.data) + piece * 16;
+#pragma unroll
+    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
+      const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
+      const int at = swizzled_bytes<kRowBytes>(row, piece);
+      copy(ptx::shared_address(stage.k + at), k, places[0][row]);
+      copy(ptx::shared_address(stage.v + at), v, places[1][row]);
+    }
   }
 
   // The rows' rotations for the chunk of `key`, into shared memory and registers; those past the last become zeros.
@@ -207,165 +248,15 @@ class Cta {
       *reinterpret_cast<uint4*>(shared_.rows()[row / kTileRows].q[row % kTileRows] + piece * 16) = x;
     }
     __syncthreads();
-    if (row_tile_ >= args_.row_tiles) return;
-    const uint8_t* upper = shared_.rows()[row_tile_].q[lane_ / 4];
-    const uint8_t* lower = shared_.rows()[row_tile_].q[lane_ / 4 + 8];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      // channels 4t to 4t + 3 of 16, or as mma has it 2t, 2t + 1, 2t + 8, 2t + 9
-      const int at = step * 32 + lane_ % 4 * (kIsInt8 ? 8 : 4);
-      const int next = at + (kIsInt8 ? 4 : 16);
-      q_[step][0] = *reinterpret_cast<const uint32_t*>(upper + at);
-      q_[step][1] = *reinterpret_cast<const uint32_t*>(lower + at);
-      q_[step][2] = *reinterpret_cast<const uint32_t*>(upper + next);
-      q_[step][3] = *reinterpret_cast<const uint32_t*>(lower + next);
-    }
+    if (row_tile_ < args_.row_tiles) warp_rows_.load(shared_.rows()[row_tile_], scale_);
   }
 
-  // Where in the tile key `i` of group `n` lies: 8 after the middle, 8 before it.
-  __device__ static int key_offset(int part, int n, int i) {
-    return n == 0 ? kTileKeys / 2 + part * 8 + i : kTileKeys / 2 - 1 - part * 8 - i;
-  }
-
-  // 16 rows, 16 keys of a tile.
-  __device__ void attend(int tile, int part) {
-    const auto& stage = shared_.stages[tile % kStages];
-    float s[2][4] = {};
-    multiply_qk(stage.k, part, s);
-    if constexpr (kIsInt8) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n][i] *= shared_.k_scale[tile % kStages][key_offset(part, n, lane_ % 4 * 2 + i % 2)];
-        }
-      }
-    }
-    if constexpr (kHasBias) {
-      float bias[2][4];
-      bias_.multiply(shared_.rows()[row_tile_], part, bias[0], bias[1]);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] += bias[n][i];
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int offset = key_offset(part, n, lane_ % 4 * 2 + e);
-        const bool exists = place(tile, offset).exists();
-        const int32_t key = first_key(tile) + offset;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool attended = exists && key <= last_key_[half] && key > key_before_[half];
-          s[n][2 * half + e] = attended ? s[n][2 * half + e] * scale_ : -INFINITY;
-        }
-      }
-    }
-    update_softmax(s);
-    if constexpr (kIsInt8) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n][i] *= shared_.v_scale[tile % kStages][key_offset(part, n, lane_ % 4 * 2 + i % 2)];
-        }
-      }
-    }
-    multiply_pv(stage.v, part, s);
-  }
-
-  __device__ void multiply_qk(const uint8_t* tile, int part, float (&s)[2][4]) {
-    const int key = key_offset(part, lane_ / 16, lane_ % 8);
-    const uint32_t address = ptx::shared_address(tile + swizzled_bytes<kRowBytes>(key, lane_ / 8 % 2));
-    if constexpr (kIsInt8) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        uint32_t k[4];
-        ptx::load_matrices(address ^ (step << 4), 0, k);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // keys of group i / 2, step i % 2
-          ptx::mma<T>(s[i / 2], q_[step + i % 2], widen<T, 0, 1>(k[i]), widen<T, 2, 3>(k[i]));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t k[4];
-        ptx::load_matrices(address ^ (step << 5), 0, k);
-        ptx::mma<T>(s[0], q_[step], k[0], k[1]);
-        ptx::mma<T>(s[1], q_[step], k[2], k[3]);
-      }
-    }
-  }
-
-  // Scores to weights, in place; what was summed before is scaled to the new maxima.
-  __device__ void update_softmax(float (&s)[2][4]) {
-    float shrink[2];
-    bool changed = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = max_[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) highest = fmaxf(highest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      const float base = highest == -INFINITY ? 0.0f : highest;
-      shrink[half] = ptx::exp2(max_[half] - base);
-      changed = changed || max_[half] != highest;
-      max_[half] = highest;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float weight = ptx::exp2(s[n][2 * half + e] - base);
-          s[n][2 * half + e] = weight;
-          sum += weight;
-        }
-      }
-      sum_[half] = sum_[half] * shrink[half] + sum;
-    }
-    if (!__any_sync(0xffffffffu, changed)) return;
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[d][i] *= shrink[i / 2];
-    }
-  }
-
-  __device__ void multiply_pv(const uint8_t* tile, int part, const float (&s)[2][4]) {
-    uint32_t weights[4], low_parts[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float first = s[i / 2][i % 2 * 2], second = s[i / 2][i % 2 * 2 + 1];
-      if constexpr (kIsInt8) {
-        cuda::split(first, second, weights[i], low_parts[i]);
-      } else {
-        weights[i] = cuda::pack<V>(first, second);
-      }
-    }
-    const int key = key_offset(part, lane_ / 8 % 2, lane_ % 8);
-    const uint32_t address = ptx::shared_address(tile + swizzled_bytes<kRowBytes>(key, lane_ / 16));
-#pragma unroll
-    for (int piece = 0; piece < kPieces; piece += 2) {
-      uint32_t v[4];  // [2 pieces][2 groups of keys]
-      ptx::load_matrices_transposed(address ^ (piece << 4), 0, v);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (kIsInt8) {
-          const uint32_t even[2] = {widen<V, 0, 2>(v[2 * i]), widen<V, 0, 2>(v[2 * i + 1])};
-          const uint32_t odd[2] = {widen<V, 1, 3>(v[2 * i]), widen<V, 1, 3>(v[2 * i + 1])};
-          ptx::mma<V>(out_[2 * (piece + i)], weights, even[0], even[1]);
-          ptx::mma<V>(out_[2 * (piece + i) + 1], weights, odd[0], odd[1]);
-          ptx::mma<V>(out_[2 * (piece + i)], low_parts, even[0], even[1]);
-          ptx::mma<V>(out_[2 * (piece + i) + 1], low_parts, odd[0], odd[1]);
-        } else {
-          ptx::mma<V>(out_[piece + i], weights, v[2 * i], v[2 * i + 1]);
-        }
-      }
+  // The warp's keys of a tile. `mask` (part, scores): scores of keys not attended become -infinity.
+  template <typename Mask>
+  __device__ void attend(int tile, const Mask& mask) {
+    for (int part = warp_ / row_warps_; part < kTileKeys / kWarpKeys; part += kNumWarps / row_warps_) {
+      warp_rows_.attend(
+          shared_, tile % kStages, part, shared_.rows()[row_tile_], bias_, [&](auto& s) { mask(part, s); }, rows_);
     }
   }
 
@@ -375,27 +266,17 @@ class Cta {
     __syncthreads();
     auto& merge = shared_.merge;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Warp::kLaneRows; ++half) {
       const int row = half * 8 + lane_ / 4;
-      float sum = sum_[half];
+      float sum = rows_.sum[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       if (lane_ % 4 == 0) {
-        merge.max[warp_][row] = max_[half];
+        merge.max[warp_][row] = rows_.max[half];
         merge.sum[warp_][row] = sum;
       }
-      float* out = merge.out[warp_][row];
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 8; d += 2) {
-        const float *x = out_[d] + 2 * half, *y = out_[d + 1] + 2 * half;
-        if constexpr (kIsInt8) {  // even and odd channels of 16
-          *reinterpret_cast<float4*>(out + d * 8 + lane_ % 4 * 4) = make_float4(x[0], y[0], x[1], y[1]);
-        } else {
-          *reinterpret_cast<float2*>(out + d * 8 + lane_ % 4 * 2) = make_float2(x[0], x[1]);
-          *reinterpret_cast<float2*>(out + d * 8 + 8 + lane_ % 4 * 2) = make_float2(y[0], y[1]);
-        }
-      }
     }
+    warp_rows_.store(merge.out[warp_]);
     __syncthreads();
     for (int i = threadIdx.x; i < num_rows_ * (kHeadDim / 4); i += kThreads) {
       const int row = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
@@ -430,19 +311,20 @@ class Cta {
   const int row_warps_;  // warps with different rows
   const int row_tile_;   // of this warp; args.row_tiles or more: it only copies
   const int kv_head_, split_;
+  const int64_t batch_;
+  const float scale_;  // of the sequence's scores
   Bias bias_;
-  int64_t batch_;
   int first_row_, num_rows_;  // of the block
   int32_t past_;              // position of the sequence's first row
-  float scale_;               // of the sequence's scores
   int32_t key_end_;           // no row of the block attends this key or later ones
+  int32_t first_position_;    // the block's rows all attend the keys up to this one
+  int32_t all_after_;         // and after this one
   int32_t first_tile_, num_tiles_;
-  int32_t last_key_[2], key_before_[2];  // rows lane / 4 and lane / 4 + 8 attend key_before < key <= last_key
-  int64_t chunk_end_ = 0;                // first key for which q_ has to be loaded anew
-  uint32_t q_[kSteps][4];
-  float out_[kHeadDim / 8][4] = {};
-  float max_[2] = {-INFINITY, -INFINITY};
-  float sum_[2] = {};
+  int32_t key_limit_;                        // the split's keys end here
+  int32_t next_key_, next_page_, next_row_;  // that the thread looks up next
+  int64_t chunk_end_ = 0;                    // first key for which the rows have to be loaded anew
+  Warp warp_rows_;
+  LaneRows<Warp::kLaneRows> rows_;
 };
 
 template <typename T, typename C, int kHeadDim, bool kHasBias>
