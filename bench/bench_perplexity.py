@@ -4,7 +4,7 @@
 
 The source is the part of the Python standard library that training never saw, so the figures belong to one Python
 version, which is printed. Windows do not overlap; every byte but a window's first is predicted, so that a figure is
-the mean over all contexts up to the window. ``qwen-sparse eval perplexity`` predicts the same bytes behind each context.
+the mean over all contexts up to the window. ``qwen-sparse eval perplexity`` predicts the same bytes behind each.
 """
 
 from __future__ import annotations
