@@ -87,7 +87,7 @@ def measured(
             result
             for filler in FILLERS
             for result in accuracy_grid(
-                server, "dca_sparse", [length], DEPTHS, arguments.samples, seed=1000, filler=filler
+                server, "dca+sparse", [length], DEPTHS, arguments.samples, seed=1000, filler=filler
             )
         ]
         passkeys.append(

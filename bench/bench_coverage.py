@@ -28,7 +28,7 @@ def main() -> None:
     for coverage in (None, *arguments.coverages):
         runner = model if coverage is None else model.with_options(coverage=coverage)
         for length in arguments.lengths:
-            results = accuracy_grid(runner, "dca_sparse", [length], DEPTHS, arguments.samples, seed=arguments.seed)
+            results = accuracy_grid(runner, "dca+sparse", [length], DEPTHS, arguments.samples, seed=arguments.seed)
             rows.append(
                 {
                     "coverage": coverage,

@@ -1,7 +1,7 @@
 """Passkey retrieval of the shipped model over depth and length, with plain RoPE, DCA and DCA + vertical-slash.
 
     python bench/bench_passkey.py --output bench/results/passkey_cpu.json
-    python bench/bench_passkey.py --variants all --modes dca_sparse --lengths 1 8 64 \\
+    python bench/bench_passkey.py --variants all --modes dca+sparse --lengths 1 8 64 \\
         --output bench/results/passkey_variants_cpu.json
 
 Every cell is exact match, greedy, on evaluation keys that training never saw.

@@ -3,7 +3,8 @@
     python bench/bench_perplexity.py --output bench/results/perplexity_cpu.json
 
 The source is the part of the Python standard library that training never saw, so the figures belong to one Python
-version, which is printed. Windows do not overlap; every byte but a window's first is predicted.
+version, which is printed. Windows do not overlap; every byte but a window's first is predicted, so that a figure is
+the mean over all contexts up to the window. ``qwen-sparse eval perplexity`` predicts the same bytes behind each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import platform
 
 import torch.nn.functional as F
 
-from qwen_sparse.demo import MODES, TRAINED_LENGTH, load_passkey_model, with_mode
+from qwen_sparse.demo import MODES, TRAINED_LENGTH, load_passkey_model
+from qwen_sparse.evaluate import Mode
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.passkey import held_out_source
 from qwen_sparse.prefill import prefill
@@ -46,7 +48,7 @@ def main() -> None:
     rows = []
     for mode in arguments.modes:
         for length in arguments.lengths:
-            value, count = perplexity(with_mode(model, mode), text, length * TRAINED_LENGTH)
+            value, count = perplexity(Mode.parse(mode).apply(model), text, length * TRAINED_LENGTH)
             row = {"mode": mode, "length": length, "bytes": length * TRAINED_LENGTH, "predicted": count}
             rows.append({**row, "perplexity": value, "python": platform.python_version()})
     print_table(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen_sparse import demo, passkey, prefill
+from qwen_sparse.evaluate import Mode
 from qwen_sparse.models.qwen2 import Qwen2Model
 
 
@@ -90,23 +91,23 @@ def test_plain_rope_fails_beyond_the_trained_length(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("filler", passkey.FILLERS)
-@pytest.mark.parametrize("mode", ["dca", "dca_sparse"])
+@pytest.mark.parametrize("mode", ["dca", "dca+sparse"])
 def test_sixteen_times_the_trained_length(model: Qwen2Model, mode: str, filler: passkey.Filler) -> None:
     assert found(model, mode, 16, filler=filler) == [True] * 3
 
 
-@pytest.mark.parametrize("mode", ["dca", "dca_sparse"])
+@pytest.mark.parametrize("mode", ["dca", "dca+sparse"])
 def test_int8_cache(model: Qwen2Model, mode: str) -> None:
     assert found(model.with_options(kv_cache_dtype="int8"), mode, 16) == [True] * 3
 
 
 def test_bfloat16() -> None:
-    assert found(demo.load_passkey_model("bfloat16"), "dca_sparse", 16) == [True] * 3
+    assert found(demo.load_passkey_model("bfloat16"), "dca+sparse", 16) == [True] * 3
 
 
 @pytest.mark.slow
 def test_sixty_four_times_the_trained_length(model: Qwen2Model) -> None:
-    assert found(model, "dca_sparse", 64) == [True] * 3
+    assert found(model, "dca+sparse", 64) == [True] * 3
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_dense_dual_chunk_at_sixty_four_times(model: Qwen2Model) -> None:
 
 def answer_log_probability(model: Qwen2Model, prompt: passkey.PasskeyPrompt) -> float:
     """log p(key | prompt), sparse Dual Chunk Attention."""
-    runner = demo.with_mode(model, "dca_sparse")
+    runner = Mode.parse("dca+sparse").apply(model)
     first = prefill(runner, runner.tokenizer.encode(prompt.text))
     key = runner.tokenizer.encode(prompt.key)
     rest = prefill(runner, key[:-1], cache=first.cache, logits="all")

@@ -1,4 +1,4 @@
-"""The ``qwen-sparse`` command: ``generate``, ``calibrate``, ``memory`` and ``demo``."""
+"""The ``qwen-sparse`` command: ``generate``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 after one line about what is wrong; 130 after Ctrl-C. argparse itself exits with 2 on bad usage.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(demo_chosen=argv[:1] == ["demo"]).parse_args(argv)
+    args = _parser(chosen=argv[0] if argv else None).parse_args(argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(demo_chosen: bool) -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-sparse",
         description="Million-token Qwen prompts: Dual Chunk Attention and vertical-slash sparse attention.",
@@ -52,7 +52,8 @@ def _parser(demo_chosen: bool) -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
     _add_calibrate(commands.add_parser("calibrate", help="search the sparse budgets of a checkpoint"))
     _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
-    _add_demo(commands.add_parser("demo", help="retrieve a passkey far beyond the trained length"), demo_chosen)
+    _add_eval(commands.add_parser("eval", help="measure accuracy and perplexity at each length"), chosen == "eval")
+    _add_demo(commands.add_parser("demo", help="retrieve a passkey far beyond the trained length"), chosen == "demo")
     return parser
 
 
@@ -293,6 +294,20 @@ def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: Memo
         "workspace": estimate.workspace,
         "total": estimate.total,
     }
+
+
+def _add_eval(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    parser.set_defaults(run=_run_eval)
+    if chosen:
+        from .evaluate import command
+
+        command.add_arguments(parser)
+
+
+def _run_eval(args: argparse.Namespace) -> int:
+    from .evaluate import command
+
+    return int(command.run(args))
 
 
 def _add_demo(parser: argparse.ArgumentParser, chosen: bool) -> None:

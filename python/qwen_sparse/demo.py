@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,22 @@ import torch
 from tqdm import tqdm
 
 from . import _C
-from .generate import generate
+from .evaluate import Mode, answer
+from .evaluate.figures import draw_heat_maps
 from .loader import load_model
 from .memory import format_bytes
 from .models.qwen2 import Qwen2Model
 from .passkey import PasskeyPrompt, make_prompt
-from .prefill import prefill
 from .testing import machine
 
-__all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run", "with_mode"]
+__all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run"]
 
-MODES = {
-    "rope": "plain RoPE",
-    "dca": "DCA",
-    "dca_sparse": "DCA + vertical-slash",
-}
+MODES = {name: Mode.parse(name).title for name in ("rope", "dca", "dca+sparse")}
 """The ways to run the model, and how tables name them."""
 
 TRAINED_LENGTH = 512
 LONGEST = 128
-GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32, 64), "dca_sparse": (1, 2, 4, 8, 16, 32, 64)}
+GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32, 64), "dca+sparse": (1, 2, 4, 8, 16, 32, 64)}
 """Prompt lengths of the heat maps, in trained lengths; plain RoPE stops where it has long failed."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -75,35 +71,21 @@ def load_passkey_model(dtype: str = "float32", device: str | torch.device = "aut
     return load_model(str(files("qwen_sparse") / "assets" / "passkey"), dtype=dtype, device=device)
 
 
-def with_mode(model: Qwen2Model, mode: str) -> Qwen2Model:
-    """The same weights, run as one of :data:`MODES` says."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "rope":
-        return model.with_options(attention="dense", config=replace(model.config, dual_chunk=None))
-    return model.with_options(attention="sparse" if mode == "dca_sparse" else "dense")
-
-
 def retrieve(model: Qwen2Model, mode: str, prompt: PasskeyPrompt, *, progress: bool = False) -> Retrieval:
-    """Ask for the key of one prompt, greedily."""
-    runner = with_mode(model, mode)
+    """Ask for the key of one prompt, greedily, in a mode that :class:`qwen_sparse.evaluate.Mode` can parse."""
+    runner = Mode.parse(mode).apply(model)
     tokens = runner.tokenizer.encode(prompt.text)
-    begin = time.perf_counter()
-    result = prefill(runner, tokens, progress=progress)
-    first = int(result.logits.argmax())
-    ttft = time.perf_counter() - begin
-    rest = generate(runner, [first], cache=result.cache, max_new_tokens=len(prompt.key) - 1, temperature=0.0)
-    answer = runner.tokenizer.decode([first, *rest])
+    given = answer(runner, tokens, len(prompt.key), progress=progress)
     return Retrieval(
         mode=mode,
         length=len(tokens),
         depth=prompt.depth,
         key=prompt.key,
-        answer=answer,
-        ttft=ttft,
-        density=result.stats.density,
-        kv_bytes=result.cache.nbytes,
-        peak_memory=result.stats.peak_memory,
+        answer=given.text,
+        ttft=given.ttft,
+        density=given.density,
+        kv_bytes=given.kv_bytes,
+        peak_memory=given.peak_memory,
     )
 
 
@@ -140,30 +122,18 @@ def plot_grids(grids: dict[str, list[Retrieval]], path: Path) -> None:
     """Heat maps of accuracy, depth against length, one per mode.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ValueError: matplotlib is missing.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.6), squeeze=False, layout="constrained")
-    for axis, (mode, results) in zip(axes[0], grids.items(), strict=True):
-        lengths, depths = (sorted({getattr(r, name) for r in results}) for name in ("length", "depth"))
-        cells = [[[r for r in results if (r.length, r.depth) == (n, d)] for n in lengths] for d in depths]
-        values = [[accuracy(cell) for cell in row] for row in cells]
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="white")
-        axis.set_xticks(range(len(lengths)), [f"{n // TRAINED_LENGTH}×" for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axis.set_title(f"{MODES[mode]}: {accuracy(results):.1%}")
-        axis.set_xlabel(f"prompt length / trained length ({TRAINED_LENGTH} bytes)")
-    axes[0][0].set_ylabel("depth of the passkey")
-    figure.colorbar(image, ax=axes[0].tolist(), label="retrieved")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    cells: dict[str, dict[tuple[float, int], list[Retrieval]]] = {mode: {} for mode in grids}
+    for mode, results in grids.items():
+        for result in results:
+            cells[mode].setdefault((result.depth, result.length), []).append(result)
+    draw_heat_maps(
+        {MODES[mode]: {cell: accuracy(found) for cell, found in grid.items()} for mode, grid in cells.items()},
+        path,
+        label=lambda length: f"{length // TRAINED_LENGTH}×",
+        xlabel=f"prompt length / trained length ({TRAINED_LENGTH} bytes)",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

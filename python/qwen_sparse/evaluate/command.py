@@ -1,0 +1,228 @@
+"""``qwen-sparse eval``: a table for people, one JSON document, and figures beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..loader import load_model
+from ..models.qwen2 import Qwen2Model
+from ..testing import machine
+from .figures import draw_heat_maps, draw_lines, require_matplotlib
+from .modes import Mode, default_modes
+from .needles import niah, passkey, variable_tracking
+from .perplexity import evaluate_perplexity
+from .prompts import Task
+from .questions import question_answering, read_questions
+from .run import evaluate_tasks
+from .words import common_words, frequent_words
+
+__all__ = ["add_arguments", "length_label", "run"]
+
+_TASKS = {
+    "passkey": "one number in a long text",
+    "niah": "one of several numbers of different names",
+    "ruler": "one and four needles, variable tracking, common words, frequent words",
+    "qa": "questions about documents of your own",
+    "perplexity": "windows of a text of your own behind contexts of each length",
+}
+_UNITS = {"k": 2**10, "m": 2**20}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``qwen-sparse eval``."""
+    tasks = parser.add_subparsers(dest="task", required=True)
+    parsers = {name: tasks.add_parser(name, help=text, description=text) for name, text in _TASKS.items()}
+    for name, task in parsers.items():
+        _add_common(task)
+        if name != "perplexity":
+            task.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
+        if name in ("passkey", "niah", "ruler", "qa"):
+            task.add_argument("--depths", type=_depths, default=[0, 0.25, 0.5, 0.75, 1], help="0,0.25,0.5,0.75,1")
+            task.add_argument("--samples", type=int, default=4, help="prompts per length and depth (4)")
+    for name in ("passkey", "niah", "ruler"):
+        parsers[name].add_argument("--seed", type=int, default=0, help="of the prompts (0)")
+        parsers[name].add_argument("--haystack", help="grass, sentences or a text file")
+    parsers["niah"].add_argument(
+        "--needles", type=int, nargs="+", default=[1, 4], help="numbers in the text, each count a task (1 4)"
+    )
+    parsers["qa"].add_argument("--questions", type=Path, required=True, help="JSON lines: context, question, answers")
+    parsers["qa"].add_argument("--answer-tokens", type=int, default=32, help="most tokens of an answer (32)")
+    parsers["qa"].add_argument("--seed", type=int, default=0, help="of the order of documents (0)")
+    parsers["perplexity"].add_argument("--text", type=Path, required=True, help="text file to predict")
+    parsers["perplexity"].add_argument("--window", type=int, default=256, help="tokens predicted at a time (256)")
+    parsers["perplexity"].add_argument("--samples", type=int, default=8, help="windows (8)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    parser.add_argument("--lengths", type=_lengths, default=[2**12, 2**14], help="tokens, e.g. 1k,4k,1m (4k,16k)")
+    parser.add_argument("--modes", type=_modes, help="rope or dca, then +sparse, +int8, e.g. dca,dca+sparse+int8")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the JSON and the figures")
+    parser.add_argument("--no-figures", dest="figures", action="store_false", help="table and JSON only")
+
+
+def _lengths(text: str) -> list[int]:
+    return [_length(part) for part in text.split(",")]
+
+
+def _length(text: str) -> int:
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in _UNITS else (text, "")
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"a length must be a number of tokens such as 512, 4k or 1m, got {text!r}")
+    return int(number) * _UNITS.get(unit, 1)
+
+
+def _depths(text: str) -> list[float]:
+    try:
+        depths = [float(part) for part in text.split(",")]
+    except ValueError:
+        depths = [-1.0]
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise argparse.ArgumentTypeError(f"depths must be numbers between 0 and 1, got {text!r}")
+    return depths
+
+
+def _modes(text: str) -> list[str]:
+    try:
+        return list(dict.fromkeys(Mode.parse(name).name for name in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def length_label(length: int) -> str:
+    """1048576 -> '1M', 4096 -> '4K', 1000 -> '1000'."""
+    for unit, size in reversed(_UNITS.items()):
+        if length % size == 0:
+            return f"{length // size}{unit.upper()}"
+    return str(length)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run an evaluation; returns the exit status.
+
+    Raises:
+        ValueError, OSError, MemoryError: in one line, what is wrong; before anything is computed.
+    """
+    if args.figures:
+        require_matplotlib()
+    model = load_model(args.model, device=args.device, dtype=args.dtype, max_seq_len=max(args.lengths))
+    modes = args.modes or default_modes(model)
+    found = _rows(model, modes, args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in found:  # what is done is kept if the rest is interrupted
+        rows.append(row)
+        _write(args, model, modes, rows)
+    _print_tables(rows)
+    print(f"\n{args.output / args.task}.json", *(_draw(rows, args) if args.figures else ()), sep="\n")
+    return 0
+
+
+def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    progress = sys.stderr.isatty()
+    if args.task == "perplexity":
+        text = args.text.read_text(encoding="utf-8")
+        options = {"window": args.window, "samples": args.samples, "progress": progress}
+        return evaluate_perplexity(model, text, modes, args.lengths, **options)
+    return evaluate_tasks(
+        model,
+        _tasks(args),
+        modes,
+        args.lengths,
+        args.depths,
+        args.samples,
+        seed=args.seed,
+        chat=args.chat,
+        progress=progress,
+    )
+
+
+def _tasks(args: argparse.Namespace) -> list[Task]:
+    if args.task == "qa":
+        return [question_answering(read_questions(args.questions), answer_tokens=args.answer_tokens)]
+    hay = {} if args.haystack is None else {"hay": args.haystack}
+    if args.task == "passkey":
+        return [passkey(**hay)]
+    if args.task == "niah":
+        return [niah(needles, **hay) for needles in dict.fromkeys(args.needles)]
+    return [niah(1, **hay), niah(4, **hay), variable_tracking(**hay), common_words(), frequent_words()]
+
+
+def _write(args: argparse.Namespace, model: Qwen2Model, modes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Files by name only: a result says which one, not where it lay."""
+    left_out = ("run", "command", "task", "output", "figures", "model", "modes")
+    options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    record = {
+        "benchmark": f"eval {args.task}",
+        "version": __version__,
+        "machine": machine(model.device),
+        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "modes": list(modes),
+        "options": {key: value for key, value in options.items() if key not in left_out},
+        "rows": list(rows),
+    }
+    (args.output / f"{args.task}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
+    """The mean over depths, a row for each task, mode and length."""
+    cells: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["mode"], row["length"]), []).append(row[value])
+    return [
+        {"task": task, "mode": mode, "length": length, value: statistics.mean(values)}
+        for (task, mode, length), values in cells.items()
+    ]
+
+
+def _print_tables(rows: Sequence[dict[str, Any]]) -> None:
+    for value in ("accuracy", "exact_match", "perplexity", "density"):
+        if value in rows[0]:
+            print(f"\n{value.replace('_', ' ')}")
+            print(_table(_means(rows, value), value))
+
+
+def _table(means: Sequence[dict[str, Any]], value: str) -> str:
+    lengths = sorted({row["length"] for row in means})
+    cells = {(row["task"], row["mode"], row["length"]): row[value] for row in means}
+    lines = [["task", "mode", *(length_label(length) for length in lengths)]]
+    for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in means):
+        numbers = [cells[task, mode, length] for length in lengths]
+        lines.append([task, mode, *(f"{n:.3f}" if value == "perplexity" else f"{n:.1%}" for n in numbers)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Path]:
+    """Every figure that the rows have the values for; their files."""
+    files = []
+    deep = [row for row in rows if row.get("depth") is not None]
+    for task in dict.fromkeys(row["task"] for row in deep):
+        grids: dict[str, dict[tuple[float, int], float]] = {}
+        for row in (row for row in deep if row["task"] == task):
+            title = Mode.parse(row["mode"]).title
+            grids.setdefault(title, {})[row["depth"], row["length"]] = row["accuracy"]
+        files.append(args.output / f"{task}_depth.png")
+        draw_heat_maps(grids, files[-1], label=length_label)
+    names = {"accuracy": "score", "perplexity": "perplexity per token", "density": "attended share of causal pairs"}
+    for value, ylabel in names.items():
+        if value in rows[0]:
+            files.append(args.output / (f"{args.task}.png" if value == args.task else f"{args.task}_{value}.png"))
+            draw_lines(_means(rows, value), value, files[-1], label=length_label, ylabel=ylabel)
+    return files

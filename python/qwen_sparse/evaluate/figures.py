@@ -1,0 +1,130 @@
+"""Figures of an evaluation, in colours that people with colour vision deficiencies tell apart (cividis; Okabe, Ito)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .modes import Mode
+
+__all__ = ["Grid", "draw_heat_maps", "draw_lines", "require_matplotlib"]
+
+Grid = Mapping[tuple[float, int], float]
+"""Accuracy, 0 to 1, by depth and length."""
+
+_COLOURS = {
+    (False, False): "#000000",
+    (True, False): "#0072B2",
+    (False, True): "#CC79A7",
+    (True, True): "#D55E00",
+}
+"""By rotation (DCA or not) and sparse or not."""
+_MARKERS = {(False, False): "o", (True, False): "s", (False, True): "v", (True, True): "^"}
+
+
+def require_matplotlib() -> None:
+    """Refuse early where figures cannot be drawn.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("figures need matplotlib: pip install 'qwen-sparse[plot]'") from error
+    matplotlib.use("Agg")
+
+
+def draw_heat_maps(
+    grids: Mapping[str, Grid], path: Path, *, label: Callable[[int], str], xlabel: str = "length in tokens"
+) -> None:
+    """One panel of accuracy per title, depth against length; ``label`` names a length.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    require_matplotlib()
+    from matplotlib import pyplot
+
+    columns = 3 if len(grids) % 3 == 0 else min(len(grids), 2)
+    rows = -(-len(grids) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.3 * rows + 0.3), squeeze=False, layout="constrained"
+    )
+    image: Any = None
+    for axis in axes.flat[len(grids) :]:
+        axis.set_axis_off()
+    for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
+        depths, lengths = sorted({depth for depth, _ in grid}), sorted({length for _, length in grid})
+        values = [[grid.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value == value:
+                    colour = "black" if value > 0.55 else "white"
+                    axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=10, color=colour)
+        axis.set_xticks(range(len(lengths)), [label(length) for length in lengths], fontsize=10)
+        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=10)
+        mean = sum(grid.values()) / len(grid)
+        axis.set_title(f"{title}: {mean:.1%}", fontsize=11)
+    for axis in axes[-1]:
+        axis.set_xlabel(xlabel, fontsize=11)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth", fontsize=11)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="retrieved")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_lines(
+    rows: Sequence[Mapping[str, Any]], value: str, path: Path, *, label: Callable[[int], str], ylabel: str
+) -> None:
+    """``value`` of the rows (each with task, mode and length) against length: a panel per task, a line per mode.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    require_matplotlib()
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = min(len(tasks), 3)
+    lines = -(-len(tasks) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(5.6 * columns, 3.8 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        of_task = [row for row in rows if row["task"] == task]
+        for name in dict.fromkeys(row["mode"] for row in of_task):
+            points = sorted((row["length"], row[value]) for row in of_task if row["mode"] == name)
+            axis.plot(*zip(*points, strict=True), **_line_style(name))
+        lengths = sorted({row["length"] for row in of_task})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [label(length) for length in lengths], fontsize=10)
+        axis.xaxis.set_minor_locator(NullLocator())
+        if value == "perplexity":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(-0.03, 1.05)
+            axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.set_title(task, fontsize=11)
+        axis.set_xlabel("length in tokens", fontsize=11)
+        axis.set_ylabel(ylabel, fontsize=11)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _line_style(name: str) -> dict[str, Any]:
+    """Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
+    mode = Mode.parse(name)
+    key = mode.dual_chunk, mode.sparse
+    style: dict[str, Any] = {"color": _COLOURS[key], "marker": _MARKERS[key], "label": mode.title, "linewidth": 1.8}
+    if mode.int8:
+        return style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
+    return style | {"markersize": 6}
