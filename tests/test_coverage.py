@@ -34,19 +34,19 @@ def lengths(indexes: Tensor) -> list[int]:
     return (indexes >= 0).sum(1).tolist()
 
 
-def test_scores(prefill_kernels: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores(dtype: torch.dtype, kernels: str) -> None:
     """The kernel's sums against the definition; each adds up to the voting rows."""
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, _ = random_qkv(100, 700, 4, 2, 64, dtype)
-        for ours, exact, rounded in zip(
-            ops.vertical_slash_scores(q, k),
-            reference.vertical_slash_scores(q.double(), k.double()),
-            reference.vertical_slash_scores(q, k, compute_dtype=dtype),
-            strict=True,
-        ):
-            assert ours.dtype == torch.float32
-            assert_close_to_reference(ours, exact, rounded, floor=1e-5)
-            torch.testing.assert_close(ours.sum(1), torch.full((4,), 64.0), rtol=1e-3, atol=0)
+    q, k, _ = random_qkv(100, 700, 4, 2, 64, dtype)
+    for ours, exact, rounded in zip(
+        ops.vertical_slash_scores(q, k),
+        reference.vertical_slash_scores(q.double(), k.double()),
+        reference.vertical_slash_scores(q, k, compute_dtype=dtype),
+        strict=True,
+    ):
+        assert ours.dtype == torch.float32
+        assert_close_to_reference(ours, exact, rounded, floor=1e-5)
+        torch.testing.assert_close(ours.sum(1), torch.full((4,), 64.0), rtol=1e-3, atol=0)
 
 
 def test_a_head_of_columns_takes_columns() -> None:

@@ -110,7 +110,8 @@ def estimate_memory(
     - **indexes**: models with sparse budgets, for V columns and S distances per head in the layer that takes
       most: the lists, 4 H (V + S), and the larger of what chooses them and what attention makes of them.
       Choosing: the scores, 8 H n; partial sums of splits of the keys, on a CPU 768 H (n / 4096 + 1), on a GPU
-      256 H (2 n / 2048 + 1); for the top-k on a CPU 8 n per thread, on a GPU (24600 + 8 n / 16384) H. Attention:
+      256 H (2 n / 2048 + 1); or, once these are gone, for the top-k, on a CPU 8 n per thread, on a GPU
+      (24600 + 8 n / 16384) H. Attention:
       the columns' keys and values, 2 H V D b, a bit per key and head, and the slash runs, 16 H S at most (8 H S
       on a GPU, which also takes a bit per column, head and 64 rows of a chunk).
     - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; CPUs that multiply 16-bit
@@ -232,7 +233,7 @@ def index_bytes(
         partials = 4 * heads * 3 * last_q * (-(-seqlen // 4096) + 1)
         top_k = 8 * seqlen * min(heads, torch.get_num_threads())
         head = columns + 16 * slash + 8 * -(-(seqlen + 64) // 64)
-    return 4 * heads * (vertical + slash) + max(scores + partials + top_k, heads * head)
+    return 4 * heads * (vertical + slash) + max(scores + max(partials, top_k), heads * head)
 
 
 def available_memory(device: torch.device | None = None) -> int | None:

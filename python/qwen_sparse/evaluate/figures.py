@@ -87,13 +87,13 @@ def draw_lines(
     """
     require_matplotlib()
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5.6 * columns, 3.8 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=(5.8 * columns, 3.8 * lines + 0.8), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
@@ -108,6 +108,9 @@ def draw_lines(
         axis.xaxis.set_minor_locator(NullLocator())
         if value == "perplexity":
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axis.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
         else:
             axis.set_ylim(-0.03, 1.05)
             axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -115,7 +118,8 @@ def draw_lines(
         axis.set_xlabel("length in tokens", fontsize=11)
         axis.set_ylabel(ylabel, fontsize=11)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=10)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -127,4 +131,4 @@ def _line_style(name: str) -> dict[str, Any]:
     style: dict[str, Any] = {"color": _COLOURS[key], "marker": _MARKERS[key], "label": mode.title, "linewidth": 1.8}
     if mode.int8:
         return style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
-    return style | {"markersize": 6}
+    return style | {"markersize": 5 if mode.sparse else 7}
