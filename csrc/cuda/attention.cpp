@@ -48,15 +48,11 @@ void attention(const AttentionParams& p, Launch launch) {
   const float scale = std::max(std::abs(p.softmax_scale) * kLog2E, 1e-30f);
   const auto window = static_cast<int32_t>(std::min<int64_t>(p.window, INT32_MAX / 2));
   const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, window, scratch.indexes, RowTiles(p)};
+  const bool on_hopper = uses_sm90(launch.device) && p.shape.seqlen_k > 0;  // there are no tensor maps of no keys
 #ifdef QWEN_SPARSE_SM90
-  if (uses_sm90(launch.device) && p.shape.seqlen_k > 0) {  // there are no tensor maps of no keys
-    sm90::prefill_attention(args, scratch.next_tile, launch);
-  } else {
-    sm80::prefill_attention(args, launch);
-  }
-#else
-  sm80::prefill_attention(args, launch);
+  if (on_hopper) sm90::prefill_attention(args, scratch.next_tile, launch);
 #endif
+  if (!on_hopper) sm80::prefill_attention(args, launch);
   if (p.attended != nullptr) count_attended(p, scratch.indexes, launch.stream);
 }
 

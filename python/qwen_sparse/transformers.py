@@ -280,7 +280,7 @@ def attention(
     rows = query.shape[2]
     bounds = _Bounds((), key.shape[2]) if attention_mask is None else attention_mask.bounds
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    out = torch.zeros(query.shape[0], rows, *query.shape[1:2], query.shape[3], dtype=query.dtype, device=query.device)
+    out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for number in range(query.shape[0]):
         first, behind = bounds.runs[number] if bounds.runs else (0, bounds.end)
         before = bounds.end - rows  # keys before the first row
@@ -313,9 +313,6 @@ def _attend(
             dual_chunk = None  # plain RoPE, which it equals
     if dual_chunk is None and not sparse:
         return cast(Tensor, ops.attention(q, k, v, softmax_scale=scale, causal=causal, window=window))
-    rotations: dict[str, Any] = {}
-    if dual_chunk is not None:
-        rotations = {"q_succ": _further(settings, q, seqlen, clamp=True), "q_inter": _further(settings, q, seqlen)}
     indexes: dict[str, Any] = _choose(settings, q, k, scale, dual_chunk) if sparse else {}
     if dual_chunk is None:
         return cast(Tensor, ops.vertical_slash_attention(q, k, v, **indexes, softmax_scale=scale))
@@ -323,8 +320,8 @@ def _attend(
         Tensor,
         ops.dual_chunk_attention(
             q,
-            rotations["q_succ"],
-            rotations["q_inter"],
+            _further(settings, q, seqlen, clamp=True),
+            _further(settings, q, seqlen),
             k,
             v,
             chunk_len=dual_chunk.chunk_len,
