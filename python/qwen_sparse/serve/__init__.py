@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: continuous batching, prefix reuse, visible prefill."""
