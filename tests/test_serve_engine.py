@@ -603,11 +603,11 @@ def test_padded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_on_a_gpu(kv_cache_dtype: str) -> None:
-    """More sequences than the first graph has rows, through captured steps, beside each other and in scattered pages."""
+    """More prompts than may run together, through captured steps; the second time from the prefix cache."""
     model = load_passkey_model("bfloat16", "cuda").with_options(kv_cache_dtype=kv_cache_dtype)
     prompts = [make_prompt(length, depth=0.5, seed=length) for length in (400, 900, 1500, 3000, 5000)]
     with serving(model, max_num_seqs=3) as engine:
-        for _ in range(2):  # the second time from the prefix cache
+        for _ in range(2):
             listeners = [ask(engine, model.tokenizer.encode(text.text), max_new_tokens=40)[0] for text in prompts]
             for text, listener in zip(prompts, listeners, strict=True):
                 listener.end()
