@@ -23,6 +23,7 @@ from qwen_sparse.chat import ChatSession, Turn
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
 from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.tokenizer import Tokenizer
 
 MODEL = str(files("qwen_sparse") / "assets" / "passkey")
 QUESTION = "What is the pass key? The pass key is "
@@ -123,6 +124,21 @@ def test_every_answer_is_that_of_a_cold_run(model: Qwen2Model, kv_cache_dtype: s
         assert turn.cut
         assert len(turn.tokens) == 12
         assert_as_cold(model, session, "Be brief.", **options)
+
+
+def test_a_document_is_not_encoded_again(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ChatSession(model, max_new_tokens=4)
+    session.add_documents(Document("a.txt", "The sky is blue. " * 40))
+    session.ask("Why?", ignore)
+    encoded: list[str] = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    turn = session.ask("How?", ignore)
+    assert turn.new_tokens < 60
+    assert "<|im_start|>user\nHow?" in encoded
+    assert sum(len(text) for text in encoded) < 80
+    monkeypatch.undo()
+    assert_as_cold(model, session, max_new_tokens=4)
 
 
 def test_stop_strings_end_an_answer(passkey_model: Qwen2Model) -> None:
@@ -335,7 +351,7 @@ def chat(
     arguments = ["chat", "--model", MODEL, "--dtype", "float32", "--device", "cpu", *map(str, options)]
     code = main(arguments)
     captured = capsys.readouterr()
-    return code, captured.out, captured.err.splitlines()
+    return code, captured.out, captured.err.split("\n")[:-1]  # a bar rewrites its line
 
 
 def test_questions_from_a_file(
@@ -345,7 +361,8 @@ def test_questions_from_a_file(
     other = passkey.statement("28884", label="account number")
     (tmp_path / "notes.txt").write_text(document.text)
     (tmp_path / "my account.pdf").write_bytes(pdf(other.strip()))
-    lines = f"{QUESTION}\n\n{QUESTION}\n/file {tmp_path / 'my account.pdf'}\nAnd:\\\nWhat is the account number? The account number is "
+    asked = "What is the account number? The account number is "
+    lines = f"{QUESTION}\n\n{QUESTION}\n/file {tmp_path / 'my account.pdf'}\nAnd:\\\n{asked}"
     code, out, err = chat(capsys, monkeypatch, lines, "--file", tmp_path / "notes.txt", "--progress")
     assert (code, out) == (0, f"{key}\n{key}\n28884\n")
     first = len(f"# notes.txt\n\n{document.text}\n\n{QUESTION}")
@@ -355,7 +372,7 @@ def test_questions_from_a_file(
     assert stats[0].startswith(f"0 tokens cached, {first:,} new · first token after ")
     assert re.search(r" s · 5 tokens at [\d,.]+/s$", stats[0])
     assert stats[1].startswith(f"{first + 4:,} tokens cached, {2 + len(QUESTION)} new · ")
-    pdf_question = f"\n# my account.pdf\n\n{other.strip()}\n\nAnd:\nWhat is the account number? The account number is "
+    pdf_question = f"\n# my account.pdf\n\n{other.strip()}\n\nAnd:\n{asked}"
     assert stats[2].startswith(f"{first + 2 * 5 + len(QUESTION):,} tokens cached, {1 + len(pdf_question)} new · ")
     assert len([line for line in err if "prefill:" in line]) == 1  # short ones have no bar
 

@@ -117,6 +117,7 @@ class ChatSession:
         self._documents: list[Document] = []
         self._turns: list[Turn] = []
         self._cache = model.new_cache()
+        self._encoded: dict[str, list[int]] = {}
         self._sequence: list[int] = []  # its first cache.seqlen tokens are those in the cache, whatever was interrupted
         self._generate(self._encode("?"))  # only its checks
 
@@ -198,7 +199,10 @@ class ChatSession:
         for turn in self._turns:
             messages += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": turn.answer}]
         messages.append({"role": "user", "content": self._content(question)})
-        return self._tokenizer.encode(self._tokenizer.apply_chat_template(messages))
+        parts = self._tokenizer.parts(self._tokenizer.apply_chat_template(messages))
+        # A million tokens take seconds to encode; what the last prompt had as well is not encoded again.
+        self._encoded = {part: self._encoded.get(part) or self._tokenizer.encode(part) for part in parts}
+        return [token for part in parts for token in self._encoded[part]]
 
     def _generate(self, prompt: list[int]) -> Iterator[int]:
         """Check a prompt and start its answer, which is computed when tokens are asked for."""
