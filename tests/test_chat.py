@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import torch
 from conftest import DUAL_CHUNK, WriteCheckpoint
 from qwen_sparse import demo, generate, load_model, passkey
 from qwen_sparse import prefill as prefill_function
-from qwen_sparse.chat import ChatSession, Turn
+from qwen_sparse.chat import ChatSession, Turn, _show
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
 from qwen_sparse.models.qwen2 import Qwen2Model
@@ -31,6 +32,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SAMPLED = {"temperature": 1.5, "seed": 1}  # sees smaller differences than the most likely token does
 PENALISED = {"repetition_penalty": 1.5, "temperature": 0.8, "top_p": 0.9, "seed": 3}
 
 
@@ -112,7 +114,7 @@ def test_a_second_question_costs_only_itself(passkey_model: Qwen2Model, prefille
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
-@pytest.mark.parametrize("sampling", [{}, PENALISED], ids=["greedy", "penalised"])
+@pytest.mark.parametrize("sampling", [SAMPLED, PENALISED], ids=["sampled", "penalised"])
 def test_every_answer_is_that_of_a_cold_run(model: Qwen2Model, kv_cache_dtype: str, sampling: dict[str, Any]) -> None:
     model = model.with_options(kv_cache_dtype=kv_cache_dtype)
     options = {"max_new_tokens": 12, **sampling}
@@ -192,7 +194,7 @@ class Interruption:
 def test_an_interrupted_session_goes_on(
     model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, method: str, at: int, tokens: int
 ) -> None:
-    options = {"max_new_tokens": 20, "chunk_tokens": 128}
+    options = {"max_new_tokens": 20, "chunk_tokens": 128, **SAMPLED}
     session = ChatSession(model, **options)
     session.add_documents(Document("a.txt", "The sky is blue. " * 40))
     Interruption(monkeypatch, method, at)
@@ -439,6 +441,16 @@ def test_an_interrupt_ends_a_session_without_a_terminal(
 # The command in a terminal.
 
 
+def test_a_terminal_gets_no_escape_sequences(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Grüße\n\tand \x1b[31mred\x9b0m\r\x07"
+    _show(text)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _show(text)
+    assert capsys.readouterr().out == text + "Grüße\n\tand \ufffd[31mred\ufffd0m\ufffd\ufffd"
+
+
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Callable[..., pexpect.spawn]]:
     """``terminal(document, *options)`` starts a chat over a document in a pseudo-terminal and waits for its prompt."""
@@ -503,6 +515,15 @@ def test_ctrl_c_in_the_answer(terminal: Callable[..., pexpect.spawn]) -> None:
     child.expect_exact(f"{key}\r\n")
     child.expect(r"([\d,]+) tokens cached, ")
     assert int(child.match[1].replace(",", "")) > len(document.text)
+    child.expect_exact(">>> ")
+    leave(child)
+
+
+def test_what_is_no_text_is_refused(terminal: Callable[..., pexpect.spawn]) -> None:
+    document, _ = passkey_document()
+    child = terminal(document)
+    os.write(child.child_fd, b"Gr\xfc\xdfe\r")
+    child.expect("can't decode|lone surrogates")  # by the locale
     child.expect_exact(">>> ")
     leave(child)
 

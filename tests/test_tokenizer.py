@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 from conftest import byte_tokenizer
 from qwen_sparse import Tokenizer
@@ -46,6 +45,11 @@ def test_special_tokens(directory: Path) -> None:
     assert tokenizer.encode("a<|im_end|>") == [ord("a"), 258]
     assert tokenizer.decode([ord("a"), 258]) == "a"
     assert tokenizer.decode([ord("a"), 258], skip_special_tokens=False) == "a<|im_end|>"
+
+
+def test_text_that_is_none(directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"text must be Unicode, got 'a\\udcff': lone surrogates"):
+        Tokenizer.from_directory(directory).encode("a\udcff")
 
 
 @pytest.mark.parametrize(

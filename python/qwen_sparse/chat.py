@@ -23,6 +23,8 @@ __all__ = ["ChatSession", "Turn", "run"]
 
 _BAR_TOKENS = 512  # a prefill of fewer is over before a bar says anything
 
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 HELP = """\
 /file PATH  put a document (text or PDF) in front of the next question
 /reset      forget the questions and answers, keep the documents
@@ -278,6 +280,10 @@ class _Terminal:
                 if line is None or line.strip() == "/exit":
                     break
                 self._take(line)
+            except UnicodeDecodeError as error:  # of what was typed
+                if not self._interactive:
+                    raise
+                _note(str(error))
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
@@ -351,6 +357,8 @@ class _Terminal:
 
 
 def _show(piece: str) -> None:
+    if sys.stdout.isatty():  # whose escape sequences a document must not get at
+        piece = piece.translate(_CONTROLS)
     print(piece, end="", flush=True)
 
 

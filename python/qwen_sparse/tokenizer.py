@@ -79,8 +79,14 @@ class Tokenizer:
         """Token ids of ``text``; special tokens spelled out in it become their ids.
 
         ``add_special_tokens`` also adds those that the tokenizer's post-processor puts around a text.
+
+        Raises:
+            ValueError: ``text`` holds lone surrogates, which are no text.
         """
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:
+            raise ValueError(f"text must be Unicode, got {text[:80]!a}: lone surrogates, or no string") from error
 
     def parts(self, text: str) -> list[str]:
         """``text`` cut in front of every added token (``<|im_start|>`` and the like) that it spells out.
