@@ -460,7 +460,8 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., pexpect.spawn]]:
         (tmp_path / "notes.txt").write_text(document.text)
         arguments = ["-m", "qwen_sparse.cli", "chat", "--model", MODEL, "--dtype", "float32", "--device", "cpu"]
         arguments += ["--threads", "2", "--file", str(tmp_path / "notes.txt"), *options]
-        child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120, dimensions=(40, 200))
+        decoding = {"encoding": "utf-8", "codec_errors": "replace"}
+        child = pexpect.spawn(sys.executable, arguments, timeout=120, dimensions=(40, 200), **decoding)
         children.append(child)
         child.expect_exact("notes.txt: the conversation has ")
         child.expect_exact(">>> ")
