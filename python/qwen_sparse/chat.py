@@ -154,7 +154,10 @@ class ChatSession:
         return len(prompt)
 
     def reset(self) -> None:
-        """Forget all questions and answers. The documents stand in front of the next question, and stay cached."""
+        """Forget all questions and answers. All documents stand in front of the next question then.
+
+        Those that stood in front of the first one are still cached.
+        """
         self._turns = []
 
     def ask(self, question: str, show: Callable[[str], None]) -> Turn:
