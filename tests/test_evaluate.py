@@ -231,9 +231,11 @@ def test_exact_match() -> None:
 
 
 def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
-    for name in ("rope", "dca", "rope+sparse", "dca+int8", "dca+sparse+int8"):
+    for name in ("rope", "dca", "rope+sparse", "dca+int8", "dca+sparse+int8", "rope+coverage0.0001+int8"):
         assert Mode.parse(name).name == name
-    assert Mode.parse("dca+int8+sparse").title == "DCA + vertical-slash + int8 KV"
+    assert Mode.parse("dca+coverage.90").name == "dca+coverage0.9"
+    assert Mode.parse("dca+sparse+int8").title == "DCA + vertical-slash + int8 KV"
+    assert Mode.parse("dca+coverage0.9+int8").title == "DCA + coverage 0.9 + int8 KV"
     runner = Mode.parse("rope+int8").apply(model)
     assert (runner.config.dual_chunk, runner.attention, runner.kv_cache_dtype) == (None, "dense", "int8")
     runner = Mode.parse("dca+sparse").apply(runner.with_options(config=model.config))
@@ -243,13 +245,24 @@ def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
         "auto",
     )
     assert default_modes(model) == ["rope", "dca", "dca+sparse"]
+    covered = Mode.parse("dca+coverage0.9+int8").apply(runner)
+    assert (covered.attention, covered.kv_cache_dtype) == ("sparse", "int8")
+    assert covered.config == model.config.with_coverage(0.9)
+    assert default_modes(covered) == ["rope", "dca"]  # no budgets are left to a model with a coverage
+    with pytest.raises(ValueError, match=r"mode 'dca\+sparse' needs budgets"):
+        Mode.parse("dca+sparse").apply(covered)
     plain = load_model(write_checkpoint(), device="cpu")
     assert default_modes(plain) == ["rope"]
     with pytest.raises(ValueError, match="mode 'dca' needs dual_chunk_attention_config"):
         Mode.parse("dca").apply(plain)
     with pytest.raises(ValueError, match=r"mode 'rope\+sparse' needs budgets"):
         Mode.parse("rope+sparse").apply(plain)
-    for name in ("dense", "dca+fast", "dca+sparse+sparse", "sparse", ""):
+    assert Mode.parse("rope+coverage0.9").apply(plain).config.sparse.coverage == 0.9  # needs no budgets
+    for name in ("dca+coverage0.0", "dca+coverage.0000"):
+        with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\), got 0.0"):
+            Mode.parse(name)
+    wrong = ("dense", "dca+fast", "dca+sparse+sparse", "dca+int8+sparse", "dca+sparse+coverage0.9", "sparse", "")
+    for name in (*wrong, "dca+coverage", "dca+coverage1", "dca+coverage1.5", "dca+coverage-0.5", "dca+coverage9e-1"):
         with pytest.raises(ValueError, match=f"mode must be .*got {re.escape(repr(name))}"):
             Mode.parse(name)
 
@@ -264,19 +277,21 @@ def test_an_answer_ends(model: Qwen2Model) -> None:
 
 
 def test_evaluation_of_the_passkey_model(model: Qwen2Model) -> None:
-    modes = ["rope", "dca", "dca+sparse", "dca+sparse+int8"]
+    modes = ["rope", "dca", "dca+sparse", "dca+sparse+int8", "dca+coverage0.9", "dca+coverage0.5+int8"]
     rows = list(evaluate_tasks(model, [passkey(), frequent_words()], modes, [8192, 1536], [1.0, 0.0], samples=1))
     cells = {(row["task"], row["mode"], row["length"], row["depth"]): row for row in rows}
     assert list(dict.fromkeys(row["length"] for row in rows)) == [1536, 8192]
-    assert len(cells) == len(rows) == 2 * 3 * 4
+    assert len(cells) == len(rows) == 2 * 3 * 6
     for mode in modes:
         for depth in (0.0, 1.0):
             assert cells["passkey", mode, 8192, depth]["accuracy"] == (mode != "rope")
         assert cells["frequent-words", mode, 8192, None]["accuracy"] == 0
         row = cells["passkey", mode, 8192, 1.0]
-        assert (row["density"] < 0.5) == ("sparse" in mode)
+        assert (row["density"] < 0.5) == ("+" in mode)
         assert 8192 - 60 < row["tokens"] < 8192
         assert (row["wrong"] == []) == (mode != "rope")
+    density = {mode: cells["passkey", mode, 8192, 1.0]["density"] for mode in modes}
+    assert density["dca+coverage0.5+int8"] < density["dca+coverage0.9"] != density["dca+sparse"]
 
 
 def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
@@ -350,7 +365,7 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Every task writes its table, JSON and figures; the model is random, so that accuracy means nothing."""
     (tmp_path / "text.txt").write_text("The grass is green. " * 100)
     (tmp_path / "qa.jsonl").write_text('{"context": "It is so.", "question": "Is it?", "answers": ["yes"]}\n')
-    few = ["--samples", "1", "--lengths", "600,1k", "--modes", "rope,dca+sparse+int8"]
+    few = ["--samples", "1", "--lengths", "600,1k", "--modes", "rope,dca+sparse+int8,dca+coverage0.8,dca+coverage0.9"]
     depths = ["--depths", "0,1"]
     extra: dict[str, list[str | Path]] = {
         "passkey": [*few, *depths],
@@ -418,7 +433,8 @@ def test_errors_are_one_line(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--modes", "dca,fast", "mode must be 'rope' or 'dca', then '+sparse' and '+int8' as wanted, got 'fast'"),
+        ("--modes", "dca,fast", "mode must be 'rope' or 'dca', then '+sparse' or '+coverage'"),
+        ("--modes", "dca+coverage0.0", "coverage must lie in (0, 1), got 0.0"),
         ("--lengths", "4x", "a length must be a number of tokens such as 512, 4k or 1m, got '4x'"),
         ("--lengths", "0", "got '0'"),
         ("--depths", "0,2", "depths must be numbers between 0 and 1, got '0,2'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ __all__ = ["Grid", "draw_heat_maps", "draw_lines", "require_matplotlib"]
 Grid = Mapping[tuple[float, int], float]
 """Accuracy, 0 to 1, by depth and length."""
 
-_COLOURS = {
-    (False, False): "#000000",
-    (True, False): "#0072B2",
-    (False, True): "#CC79A7",
-    (True, True): "#D55E00",
+_Prefill = tuple[bool, bool, float | None]
+"""Of a mode: DCA or plain RoPE, sparse or not, coverage."""
+_STYLES: dict[_Prefill, tuple[str, str]] = {
+    (False, False, None): ("#000000", "o"),
+    (True, False, None): ("#0072B2", "s"),
+    (False, True, None): ("#CC79A7", "v"),
+    (True, True, None): ("#D55E00", "^"),
 }
-"""By rotation (DCA or not) and sparse or not."""
-_MARKERS = {(False, False): "o", (True, False): "s", (False, True): "v", (True, True): "^"}
+"""Colour and mark of a line."""
+_COVERAGE_STYLES = (("#009E73", "D"), ("#E69F00", "P"), ("#56B4E9", "X"))
+"""Of the coverages in a figure, in their order."""
 
 
 def require_matplotlib() -> None:
@@ -90,6 +93,7 @@ def draw_lines(
     from matplotlib.ticker import LogLocator, NullLocator
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    styles = _line_styles(dict.fromkeys(row["mode"] for row in rows))
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     figure, axes = pyplot.subplots(
@@ -101,7 +105,7 @@ def draw_lines(
         of_task = [row for row in rows if row["task"] == task]
         for name in dict.fromkeys(row["mode"] for row in of_task):
             points = sorted((row["length"], row[value]) for row in of_task if row["mode"] == name)
-            axis.plot(*zip(*points, strict=True), **_line_style(name))
+            axis.plot(*zip(*points, strict=True), **styles[name])
         lengths = sorted({row["length"] for row in of_task})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [label(length) for length in lengths], fontsize=10)
@@ -124,11 +128,18 @@ def draw_lines(
     pyplot.close(figure)
 
 
-def _line_style(name: str) -> dict[str, Any]:
-    """Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
-    mode = Mode.parse(name)
-    key = mode.dual_chunk, mode.sparse
-    style: dict[str, Any] = {"color": _COLOURS[key], "marker": _MARKERS[key], "label": mode.title, "linewidth": 1.8}
-    if mode.int8:
-        return style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
-    return style | {"markersize": 5 if mode.sparse else 7}
+def _line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By mode. Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
+    styles, found = {}, dict(_STYLES)
+    for name in names:
+        mode = Mode.parse(name)
+        key = mode.dual_chunk, mode.sparse, mode.coverage
+        if key not in found:
+            found[key] = _COVERAGE_STYLES[(len(found) - len(_STYLES)) % len(_COVERAGE_STYLES)]
+        colour, mark = found[key]
+        style = {"color": colour, "marker": mark, "label": mode.title, "linewidth": 1.8}
+        if mode.int8:
+            styles[name] = style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
+        else:
+            styles[name] = style | {"markersize": 5 if mode.sparse else 7}
+    return styles
