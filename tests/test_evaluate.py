@@ -35,6 +35,7 @@ from qwen_sparse.evaluate import (
     variable_tracking,
 )
 from qwen_sparse.evaluate.command import length_label
+from qwen_sparse.evaluate.figures import line_styles
 from qwen_sparse.evaluate.perplexity import window_ends, window_loss
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
@@ -446,6 +447,16 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], option: str, value: str
         main(["eval", "passkey", "--model", "m", "-o", "out", option, value])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_mode_has_a_style_of_its_own() -> None:
+    """Up to three coverages; int8 shares the colour of the same prefill."""
+    prefills = ("rope", "rope+sparse", "dca", "dca+sparse", "dca+coverage0.8", "dca+coverage0.9", "rope+coverage0.9")
+    styles = line_styles([f"{prefill}{kv}" for prefill in prefills for kv in ("", "+int8")])
+    seen = {(style["color"], style["marker"], style.get("linestyle")) for style in styles.values()}
+    assert len(seen) == len(styles) == 2 * len(prefills)
+    assert all(styles[prefill]["color"] == styles[f"{prefill}+int8"]["color"] for prefill in prefills)
+    assert len({styles[prefill]["color"] for prefill in prefills}) == len(prefills)
 
 
 def test_length_labels() -> None:

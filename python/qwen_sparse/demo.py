@@ -105,9 +105,8 @@ def accuracy_grid(
     """
     results = []
     cells = [(length, depth, sample) for length in lengths for depth in depths for sample in range(samples)]
-    with tqdm(
-        total=sum(length for length, _, _ in cells), desc=Mode.parse(mode).title, unit="x", file=sys.stderr
-    ) as bar:
+    title, total = Mode.parse(mode).title, sum(length for length, _, _ in cells)
+    with tqdm(total=total, desc=title, unit="x", file=sys.stderr) as bar:
         for length, depth, sample in cells:
             prompt = make_prompt(length * TRAINED_LENGTH, depth, seed=seed + sample, **prompt_options)
             results.append(retrieve(model, mode, prompt))

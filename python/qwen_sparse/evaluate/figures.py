@@ -8,7 +8,7 @@ from typing import Any
 
 from .modes import Mode
 
-__all__ = ["Grid", "draw_heat_maps", "draw_lines", "require_matplotlib"]
+__all__ = ["Grid", "draw_heat_maps", "draw_lines", "line_styles", "require_matplotlib"]
 
 Grid = Mapping[tuple[float, int], float]
 """Accuracy, 0 to 1, by depth and length."""
@@ -93,7 +93,7 @@ def draw_lines(
     from matplotlib.ticker import LogLocator, NullLocator
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    styles = _line_styles(dict.fromkeys(row["mode"] for row in rows))
+    styles = line_styles(dict.fromkeys(row["mode"] for row in rows))
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     figure, axes = pyplot.subplots(
@@ -128,7 +128,7 @@ def draw_lines(
     pyplot.close(figure)
 
 
-def _line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """By mode. Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
     styles, found = {}, dict(_STYLES)
     for name in names:
