@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 
 from conftest import DUAL_CHUNK, WriteCheckpoint, byte_tokenizer
 from qwen_sparse import load_model, prefill
+from qwen_sparse.calibrate import measure_budgets, synthetic_tokens
 from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import (
@@ -25,6 +27,7 @@ from qwen_sparse.evaluate import (
     common_words,
     default_modes,
     evaluate_perplexity,
+    evaluate_recall,
     evaluate_tasks,
     frequent_words,
     make_prompt,
@@ -34,8 +37,8 @@ from qwen_sparse.evaluate import (
     read_questions,
     variable_tracking,
 )
-from qwen_sparse.evaluate.command import length_label
-from qwen_sparse.evaluate.figures import line_styles
+from qwen_sparse.evaluate.command import head_grids, length_label
+from qwen_sparse.evaluate.figures import draw_heat_maps, line_styles
 from qwen_sparse.evaluate.perplexity import window_ends, window_loss
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
@@ -48,6 +51,7 @@ TASKS = {
     for task in (passkey(), niah(1), niah(4), niah(16), variable_tracking(), common_words(), frequent_words())
 }
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+imshow = Axes.imshow
 NUMBER = re.compile(r"The ([a-z ]+) is (\d+)\. Remember it\. (\d+) is the ([a-z ]+)\.\n")
 
 
@@ -316,6 +320,54 @@ def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
     assert found["rope", 4096]["perplexity"] > 1.5 * found["dca", 4096]["perplexity"]
 
 
+def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the rows say is in the figure's cells, layer down and head across; the diffuse head stands out."""
+    modes = ["dca+sparse", "dca+coverage0.9"]
+    rows = list(evaluate_recall(model, None, modes, [4096, 1024], seed=1))
+    assert [(row["length"], row["mode"]) for row in rows] == [(n, mode) for n in (1024, 4096) for mode in modes]
+    tokens = synthetic_tokens(model, 4096, 1)
+    for row in rows:
+        heads = [recall for layer in row["recall_by_head"] for recall in layer]
+        assert len(row["recall_by_head"]) == 4
+        assert len(heads) == 8
+        assert row["recall"] == pytest.approx(sum(heads) / 8)
+        assert row["lowest_recall"] == min(heads)
+        assert row["density"] == pytest.approx(sum(map(sum, row["density_by_head"])) / 8)
+    sparse = Mode.parse("dca+sparse").apply(model)
+    direct = measure_budgets(sparse, tokens, sparse.config.sparse)
+    assert rows[2]["recall_by_head"] == [[head.recall for head in layer] for layer in direct.layers]
+    assert rows[2]["lowest_recall"] == rows[2]["recall_by_head"][2][1]  # docs/calibration.md: layer 2 head 1
+    assert rows[2]["recall_by_head"][2][1] < 0.9 * min(rows[2]["recall_by_head"][1])
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axis, values, **options: drawn.append(values) or imshow(axis, values, **options)
+    )
+    grids = head_grids(rows)
+    assert list(grids) == [f"DCA + {kind}, {n}" for kind in ("coverage 0.9", "vertical-slash") for n in ("1K", "4K")]
+    draw_heat_maps(grids, tmp_path / "heads.png", row_label=str, xlabel="head", ylabel="layer", value="recall")
+    assert drawn == [row["recall_by_head"] for row in (rows[1], rows[3], rows[0], rows[2])]
+
+    text = model.tokenizer.decode(tokens)
+    (same,) = evaluate_recall(model, text, ["dca+sparse"], [4096])
+    assert same["recall_by_head"] == rows[2]["recall_by_head"]
+    for mode in ("dca", "dca+sparse+int8"):
+        with pytest.raises(
+            ValueError, match=f"modes must be sparse ones without int8 for recall, got {re.escape(repr(mode))}"
+        ):
+            evaluate_recall(model, None, [mode], [1024])
+    with pytest.raises(ValueError, match="the text must have at least 5000 tokens, got 4096"):
+        evaluate_recall(model, text, ["dca+sparse"], [5000])
+
+
+def test_large_heat_maps_keep_to_a_dozen_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[list[str]] = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda axis, places, names, **_: ticks.append(list(names)))
+    monkeypatch.setattr(Axes, "text", lambda *_, **__: pytest.fail("no room for numbers"))
+    draw_heat_maps({"a": {(y, x): 0.5 for y in range(28) for x in range(28)}}, tmp_path / "a.png", row_label=str)
+    assert ticks == [[str(layer) for layer in range(0, 28, 3)]]
+
+
 def test_windows() -> None:
     assert window_ends(1000, 700, 100, 4) == [700, 800, 900, 1000]
     assert window_ends(700, 700, 100, 1) == [700]
@@ -373,6 +425,7 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "niah": [*few, *depths, "--needles", "1", "2"],
         "ruler": ["--samples", "1", "--lengths", "6k", "--depths", "0.5", "--modes", "dca"],
         "qa": [*few, *depths, "--questions", tmp_path / "qa.jsonl", "--answer-tokens", "4"],
+        "recall": ["--synthetic", "--lengths", "1k", "--modes", "dca+sparse,dca+coverage0.5"],
         "perplexity": [*few, "--text", tmp_path / "text.txt", "--window", "128"],
     }
     images = {
@@ -380,6 +433,7 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "niah": ["niah-1_depth", "niah-2_depth", "niah_accuracy", "niah_density"],
         "ruler": ["niah-1_depth", "niah-4_depth", "ruler_accuracy", "ruler_density"],
         "qa": ["qa_depth", "qa_accuracy", "qa_density"],
+        "recall": ["recall", "recall_heads", "recall_density"],
         "perplexity": ["perplexity", "perplexity_density"],
     }
     for task, arguments in extra.items():
@@ -418,6 +472,8 @@ def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["passkey", "--chat"], "this tokenizer has no chat template"),
         (["qa", "--questions", "absent.jsonl"], "absent.jsonl"),
         (["perplexity", "--text", "absent.txt"], "absent.txt"),
+        (["recall", "--text", "absent.txt"], "absent.txt"),
+        (["recall", "--synthetic", "--lengths", "1k", "--modes", "dca"], "modes must be sparse ones without int8"),
     ],
 )
 def test_errors_are_one_line(

@@ -132,7 +132,7 @@ def plot_grids(grids: dict[str, list[Retrieval]], path: Path) -> None:
     draw_heat_maps(
         {MODES[mode]: {cell: accuracy(found) for cell, found in grid.items()} for mode, grid in cells.items()},
         path,
-        label=lambda length: f"{length // TRAINED_LENGTH}×",
+        column_label=lambda length: f"{length // TRAINED_LENGTH}×",
         xlabel=f"prompt length / trained length ({TRAINED_LENGTH} bytes)",
     )
 

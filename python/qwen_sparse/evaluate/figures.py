@@ -11,7 +11,9 @@ from .modes import Mode
 __all__ = ["Grid", "draw_heat_maps", "draw_lines", "line_styles", "require_matplotlib"]
 
 Grid = Mapping[tuple[float, int], float]
-"""Accuracy, 0 to 1, by depth and length."""
+"""Values from 0 to 1 by row and column: accuracy by depth and length, recall by layer and head."""
+
+_MOST_NAMED = 12  # rows or columns whose cells have room for numbers, and axes for all ticks
 
 _Prefill = tuple[bool, bool, float | None]
 """Of a mode: DCA or plain RoPE, sparse or not, coverage."""
@@ -40,9 +42,16 @@ def require_matplotlib() -> None:
 
 
 def draw_heat_maps(
-    grids: Mapping[str, Grid], path: Path, *, label: Callable[[int], str], xlabel: str = "length in tokens"
+    grids: Mapping[str, Grid],
+    path: Path,
+    *,
+    column_label: Callable[[int], str] = str,
+    row_label: Callable[[float], str] = "{:.0%}".format,
+    xlabel: str = "length in tokens",
+    ylabel: str = "depth",
+    value: str = "retrieved",
 ) -> None:
-    """One panel of accuracy per title, depth against length; ``label`` names a length.
+    """One panel per title with its mean; the labels name a column (length, head) and a row (depth, layer).
 
     Raises:
         ValueError: matplotlib is missing.
@@ -51,31 +60,33 @@ def draw_heat_maps(
     from matplotlib import pyplot
 
     columns = 3 if len(grids) % 3 == 0 else min(len(grids), 2)
-    rows = -(-len(grids) // columns)
+    lines = -(-len(grids) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.3 * rows + 0.3), squeeze=False, layout="constrained"
+        lines, columns, figsize=(4.4 * columns, 3.3 * lines + 0.3), squeeze=False, layout="constrained"
     )
     image: Any = None
     for axis in axes.flat[len(grids) :]:
         axis.set_axis_off()
     for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
-        depths, lengths = sorted({depth for depth, _ in grid}), sorted({length for _, length in grid})
-        values = [[grid.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        ys, xs = sorted({row for row, _ in grid}), sorted({column for _, column in grid})
+        values = [[grid.get((row, column), float("nan")) for column in xs] for row in ys]
         image = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                if value == value:
-                    colour = "black" if value > 0.55 else "white"
-                    axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=10, color=colour)
-        axis.set_xticks(range(len(lengths)), [label(length) for length in lengths], fontsize=10)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=10)
+        if max(len(xs), len(ys)) <= _MOST_NAMED:
+            for y, row in enumerate(values):
+                for x, number in enumerate(row):
+                    if number == number:
+                        colour = "black" if number > 0.55 else "white"
+                        axis.text(x, y, f"{number:.0%}", ha="center", va="center", fontsize=10, color=colour)
+        for named, names in ((axis.set_xticks, [*map(column_label, xs)]), (axis.set_yticks, [*map(row_label, ys)])):
+            step = -(-len(names) // _MOST_NAMED)
+            named(range(0, len(names), step), names[::step], fontsize=10)
         mean = sum(grid.values()) / len(grid)
         axis.set_title(f"{title}: {mean:.1%}", fontsize=11)
     for axis in axes[-1]:
         axis.set_xlabel(xlabel, fontsize=11)
     for axis in axes[:, 0]:
-        axis.set_ylabel("depth", fontsize=11)
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="retrieved")
+        axis.set_ylabel(ylabel, fontsize=11)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label=value)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
