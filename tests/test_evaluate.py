@@ -344,9 +344,9 @@ def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_
         Axes, "imshow", lambda axis, values, **options: drawn.append(values) or imshow(axis, values, **options)
     )
     grids = head_grids(rows)
-    assert list(grids) == [f"DCA + {kind}, {n}" for kind in ("coverage 0.9", "vertical-slash") for n in ("1K", "4K")]
+    assert list(grids) == [f"DCA + {kind}, {n}" for kind in ("vertical-slash", "coverage 0.9") for n in ("1K", "4K")]
     draw_heat_maps(grids, tmp_path / "heads.png", row_label=str, xlabel="head", ylabel="layer", value="recall")
-    assert drawn == [row["recall_by_head"] for row in (rows[1], rows[3], rows[0], rows[2])]
+    assert drawn == [row["recall_by_head"] for row in (rows[0], rows[2], rows[1], rows[3])]
 
     text = model.tokenizer.decode(tokens)
     (same,) = evaluate_recall(model, text, ["dca+sparse"], [4096])

@@ -219,14 +219,15 @@ def _table(means: Sequence[dict[str, Any]], value: str) -> str:
 
 
 def head_grids(rows: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[float, int], float]]:
-    """Recall by layer and head, for every mode and length."""
+    """Recall by layer and head: a panel for each mode and length, mode by mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
     return {
         f"{Mode.parse(row['mode']).title}, {length_label(row['length'])}": {
             (layer, head): recall
             for layer, recalls in enumerate(row["recall_by_head"])
             for head, recall in enumerate(recalls)
         }
-        for row in sorted(rows, key=lambda row: (row["mode"], row["length"]))
+        for row in sorted(rows, key=lambda row: (modes.index(row["mode"]), row["length"]))
     }
 
 
