@@ -104,7 +104,7 @@ def test_a_ceiling_ends_it() -> None:
 
 @pytest.mark.parametrize("near", [0.3, 0.8])
 def test_near_keys_count_once(near: float) -> None:
-    """Weights of 64 rows on their nearest keys and on some columns: both scores have the near part, the set only once."""
+    """Weights of 64 rows on near keys and on some columns: both scores have the near part, the set has it once."""
     columns = torch.randperm(1500, generator=torch.Generator().manual_seed(0))[:40] + 100
     weights = torch.zeros(ROWS, KEYS)
     for row in range(ROWS):
