@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o 
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-vllm sanitize lint resources format bench clean
+.PHONY: demo test test-vllm test-lm-eval sanitize lint resources format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -42,6 +42,10 @@ build/vllm/.built: build/vllm/.env pyproject.toml $(SOURCES)
 	@echo "== building qwen_sparse for that environment"
 	QWEN_SPARSE_CUDA=0 $(VLLM_PIP) --no-build-isolation --no-deps -e . --config-settings=build-dir=build/vllm/cmake
 	@touch $@
+
+# The adapter for lm-evaluation-harness; with it come some fifty packages, 650 MB.
+test-lm-eval: $(VENV)/.lm-eval
+	$(RUN) -m pytest $(PYTEST_ARGS) tests/test_lm_eval.py
 
 # The kernels and everything C++ around them with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := build/sanitize
@@ -107,4 +111,9 @@ $(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)
 $(VENV)/.dev: $(VENV)/.built
 	@echo "== development tools"
 	$(PIP) --no-build-isolation -e ".[dev,plot]"
+	@touch $@
+
+$(VENV)/.lm-eval: $(VENV)/.dev
+	@echo "== lm-evaluation-harness"
+	$(PIP) --no-build-isolation -e ".[lm-eval]"
 	@touch $@

@@ -20,6 +20,7 @@ from qwen_sparse.calibrate import (
     BASE_PAIRS,
     HeadBudget,
     LayerRecall,
+    _one_layer,
     choose_base,
     measure_budgets,
     refine,
@@ -131,6 +132,24 @@ def test_selection_is_that_of_prefill(write_checkpoint: WriteCheckpoint, tmp_pat
     stats = prefill(sparse, ids, chunk_tokens=300, logits="all").stats  # "all": the last layer computes every row
     assert stats.density == pytest.approx(result.density, rel=1e-12)
     assert result.density < 0.99  # of a dense head it would say nothing
+
+
+def test_recall_of_sets_by_coverage(model: Qwen2Model) -> None:
+    """More coverage keeps more, and the pairs are those that prefill attends for it."""
+    ids = random_ids(700)
+    previous = 0.0
+    for coverage in (0.3, 0.9):
+        sparse = model.config.with_coverage(coverage).sparse
+        assert sparse is not None
+        found = measure_budgets(model, ids, sparse, chunk_tokens=256)
+        assert previous < found.recall < 1
+        previous = found.recall
+        first = _one_layer(model, 0)
+        runner = first.with_options(attention="sparse", coverage=coverage)
+        stats = prefill(runner, ids, chunk_tokens=256, logits="all").stats
+        layer = [head.attended / found.causal_pairs for head in found.layers[0]]
+        assert stats.density == pytest.approx(sum(layer) / len(layer), rel=1e-12)
+        assert stats.density < 0.99
 
 
 # --- search ---

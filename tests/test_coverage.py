@@ -97,8 +97,29 @@ def test_a_ceiling_ends_it() -> None:
     chosen = choose(spread(2, KEYS), spread(2, KEYS), ROWS, 0.9, 50, 120)
     assert lengths(chosen.vertical_indexes) == [50, 50]
     assert lengths(chosen.slash_indexes) == [120, 120]
-    expected = 1 - (1 - 50 / KEYS) * (1 - 120 / KEYS)
+    rest = 1 - 100 / KEYS  # outside the forced distances
+    expected = 1 - rest * (1 - 50 / KEYS / rest) * (1 - 20 / KEYS / rest)
     assert chosen.expected.tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("near", [0.3, 0.8])
+def test_near_keys_count_once(near: float) -> None:
+    """Weights of 64 rows on near keys and on some columns: both scores have the near part, the set has it once."""
+    columns = torch.randperm(1500, generator=torch.Generator().manual_seed(0))[:40] + 100
+    weights = torch.zeros(ROWS, KEYS)
+    for row in range(ROWS):
+        position = KEYS - ROWS + row
+        weights[row, position - 49 : position + 1] = near / 50
+        weights[row, columns] = (1 - near) / 40
+    distance = torch.arange(KEYS - ROWS, KEYS)[:, None] - torch.arange(KEYS)
+    slash = torch.zeros(KEYS).index_add_(0, distance.clamp(min=0).flatten(), weights.flatten())
+    chosen = choose(weights.sum(0)[None], slash[None], ROWS, 0.9, KEYS, KEYS)
+    attended = torch.isin(distance, chosen.slash_indexes[0]) | torch.isin(
+        torch.arange(KEYS), chosen.vertical_indexes[0]
+    )
+    held = float((weights * attended).sum() / ROWS)
+    assert held == pytest.approx(float(chosen.expected[0]), rel=1e-4)
+    assert 0.9 <= held < 0.93  # columns of 0.5 or 1.75 % each
 
 
 @pytest.mark.parametrize("chunk_len", [None, 256])

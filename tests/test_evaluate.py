@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 
 from conftest import DUAL_CHUNK, WriteCheckpoint, byte_tokenizer
 from qwen_sparse import load_model, prefill
+from qwen_sparse.calibrate import measure_budgets, synthetic_tokens
 from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import (
@@ -25,6 +27,7 @@ from qwen_sparse.evaluate import (
     common_words,
     default_modes,
     evaluate_perplexity,
+    evaluate_recall,
     evaluate_tasks,
     frequent_words,
     make_prompt,
@@ -34,7 +37,8 @@ from qwen_sparse.evaluate import (
     read_questions,
     variable_tracking,
 )
-from qwen_sparse.evaluate.command import length_label
+from qwen_sparse.evaluate.command import head_grids, length_label
+from qwen_sparse.evaluate.figures import draw_heat_maps, line_styles
 from qwen_sparse.evaluate.perplexity import window_ends, window_loss
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
@@ -47,6 +51,7 @@ TASKS = {
     for task in (passkey(), niah(1), niah(4), niah(16), variable_tracking(), common_words(), frequent_words())
 }
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+imshow = Axes.imshow
 NUMBER = re.compile(r"The ([a-z ]+) is (\d+)\. Remember it\. (\d+) is the ([a-z ]+)\.\n")
 
 
@@ -231,9 +236,11 @@ def test_exact_match() -> None:
 
 
 def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
-    for name in ("rope", "dca", "rope+sparse", "dca+int8", "dca+sparse+int8"):
+    for name in ("rope", "dca", "rope+sparse", "dca+int8", "dca+sparse+int8", "rope+coverage0.0001+int8"):
         assert Mode.parse(name).name == name
-    assert Mode.parse("dca+int8+sparse").title == "DCA + vertical-slash + int8 KV"
+    assert Mode.parse("dca+coverage.90").name == "dca+coverage0.9"
+    assert Mode.parse("dca+sparse+int8").title == "DCA + vertical-slash + int8 KV"
+    assert Mode.parse("dca+coverage0.9+int8").title == "DCA + coverage 0.9 + int8 KV"
     runner = Mode.parse("rope+int8").apply(model)
     assert (runner.config.dual_chunk, runner.attention, runner.kv_cache_dtype) == (None, "dense", "int8")
     runner = Mode.parse("dca+sparse").apply(runner.with_options(config=model.config))
@@ -243,13 +250,24 @@ def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
         "auto",
     )
     assert default_modes(model) == ["rope", "dca", "dca+sparse"]
+    covered = Mode.parse("dca+coverage0.9+int8").apply(runner)
+    assert (covered.attention, covered.kv_cache_dtype) == ("sparse", "int8")
+    assert covered.config == model.config.with_coverage(0.9)
+    assert default_modes(covered) == ["rope", "dca"]  # no budgets are left to a model with a coverage
+    with pytest.raises(ValueError, match=r"mode 'dca\+sparse' needs budgets"):
+        Mode.parse("dca+sparse").apply(covered)
     plain = load_model(write_checkpoint(), device="cpu")
     assert default_modes(plain) == ["rope"]
     with pytest.raises(ValueError, match="mode 'dca' needs dual_chunk_attention_config"):
         Mode.parse("dca").apply(plain)
     with pytest.raises(ValueError, match=r"mode 'rope\+sparse' needs budgets"):
         Mode.parse("rope+sparse").apply(plain)
-    for name in ("dense", "dca+fast", "dca+sparse+sparse", "sparse", ""):
+    assert Mode.parse("rope+coverage0.9").apply(plain).config.sparse.coverage == 0.9  # needs no budgets
+    for name in ("dca+coverage0.0", "dca+coverage.0000"):
+        with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\), got 0.0"):
+            Mode.parse(name)
+    wrong = ("dense", "dca+fast", "dca+sparse+sparse", "dca+int8+sparse", "dca+sparse+coverage0.9", "sparse", "")
+    for name in (*wrong, "dca+coverage", "dca+coverage1", "dca+coverage1.5", "dca+coverage-0.5", "dca+coverage9e-1"):
         with pytest.raises(ValueError, match=f"mode must be .*got {re.escape(repr(name))}"):
             Mode.parse(name)
 
@@ -264,19 +282,21 @@ def test_an_answer_ends(model: Qwen2Model) -> None:
 
 
 def test_evaluation_of_the_passkey_model(model: Qwen2Model) -> None:
-    modes = ["rope", "dca", "dca+sparse", "dca+sparse+int8"]
+    modes = ["rope", "dca", "dca+sparse", "dca+sparse+int8", "dca+coverage0.9", "dca+coverage0.5+int8"]
     rows = list(evaluate_tasks(model, [passkey(), frequent_words()], modes, [8192, 1536], [1.0, 0.0], samples=1))
     cells = {(row["task"], row["mode"], row["length"], row["depth"]): row for row in rows}
     assert list(dict.fromkeys(row["length"] for row in rows)) == [1536, 8192]
-    assert len(cells) == len(rows) == 2 * 3 * 4
+    assert len(cells) == len(rows) == 2 * 3 * 6
     for mode in modes:
         for depth in (0.0, 1.0):
             assert cells["passkey", mode, 8192, depth]["accuracy"] == (mode != "rope")
         assert cells["frequent-words", mode, 8192, None]["accuracy"] == 0
         row = cells["passkey", mode, 8192, 1.0]
-        assert (row["density"] < 0.5) == ("sparse" in mode)
+        assert (row["density"] < 0.5) == ("+" in mode)
         assert 8192 - 60 < row["tokens"] < 8192
         assert (row["wrong"] == []) == (mode != "rope")
+    density = {mode: cells["passkey", mode, 8192, 1.0]["density"] for mode in modes}
+    assert density["dca+coverage0.5+int8"] < density["dca+coverage0.9"] != density["dca+sparse"]
 
 
 def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
@@ -298,6 +318,54 @@ def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
         assert (row["windows"], row["predicted"]) == (2, 256)
     assert found["rope", 512]["perplexity"] == pytest.approx(found["dca", 512]["perplexity"], rel=0.05)
     assert found["rope", 4096]["perplexity"] > 1.5 * found["dca", 4096]["perplexity"]
+
+
+def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the rows say is in the figure's cells, layer down and head across; the diffuse head stands out."""
+    modes = ["dca+sparse", "dca+coverage0.9"]
+    rows = list(evaluate_recall(model, None, modes, [4096, 1024], seed=1))
+    assert [(row["length"], row["mode"]) for row in rows] == [(n, mode) for n in (1024, 4096) for mode in modes]
+    tokens = synthetic_tokens(model, 4096, 1)
+    for row in rows:
+        heads = [recall for layer in row["recall_by_head"] for recall in layer]
+        assert len(row["recall_by_head"]) == 4
+        assert len(heads) == 8
+        assert row["recall"] == pytest.approx(sum(heads) / 8)
+        assert row["lowest_recall"] == min(heads)
+        assert row["density"] == pytest.approx(sum(map(sum, row["density_by_head"])) / 8)
+    sparse = Mode.parse("dca+sparse").apply(model)
+    direct = measure_budgets(sparse, tokens, sparse.config.sparse)
+    assert rows[2]["recall_by_head"] == [[head.recall for head in layer] for layer in direct.layers]
+    assert rows[2]["lowest_recall"] == rows[2]["recall_by_head"][2][1]  # docs/calibration.md: layer 2 head 1
+    assert rows[2]["recall_by_head"][2][1] < 0.9 * min(rows[2]["recall_by_head"][1])
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axis, values, **options: drawn.append(values) or imshow(axis, values, **options)
+    )
+    grids = head_grids(rows)
+    assert list(grids) == [f"DCA + {kind}, {n}" for kind in ("vertical-slash", "coverage 0.9") for n in ("1K", "4K")]
+    draw_heat_maps(grids, tmp_path / "heads.png", row_label=str, xlabel="head", ylabel="layer", value="recall")
+    assert drawn == [row["recall_by_head"] for row in (rows[0], rows[2], rows[1], rows[3])]
+
+    text = model.tokenizer.decode(tokens)
+    (same,) = evaluate_recall(model, text, ["dca+sparse"], [4096])
+    assert same["recall_by_head"] == rows[2]["recall_by_head"]
+    for mode in ("dca", "dca+sparse+int8"):
+        with pytest.raises(
+            ValueError, match=f"modes must be sparse ones without int8 for recall, got {re.escape(repr(mode))}"
+        ):
+            evaluate_recall(model, None, [mode], [1024])
+    with pytest.raises(ValueError, match="the text must have at least 5000 tokens, got 4096"):
+        evaluate_recall(model, text, ["dca+sparse"], [5000])
+
+
+def test_large_heat_maps_keep_to_a_dozen_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[list[str]] = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda axis, places, names, **_: ticks.append(list(names)))
+    monkeypatch.setattr(Axes, "text", lambda *_, **__: pytest.fail("no room for numbers"))
+    draw_heat_maps({"a": {(y, x): 0.5 for y in range(28) for x in range(28)}}, tmp_path / "a.png", row_label=str)
+    assert ticks == [[str(layer) for layer in range(0, 28, 3)]]
 
 
 def test_windows() -> None:
@@ -350,13 +418,14 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Every task writes its table, JSON and figures; the model is random, so that accuracy means nothing."""
     (tmp_path / "text.txt").write_text("The grass is green. " * 100)
     (tmp_path / "qa.jsonl").write_text('{"context": "It is so.", "question": "Is it?", "answers": ["yes"]}\n')
-    few = ["--samples", "1", "--lengths", "600,1k", "--modes", "rope,dca+sparse+int8"]
+    few = ["--samples", "1", "--lengths", "600,1k", "--modes", "rope,dca+sparse+int8,dca+coverage0.8,dca+coverage0.9"]
     depths = ["--depths", "0,1"]
     extra: dict[str, list[str | Path]] = {
         "passkey": [*few, *depths],
         "niah": [*few, *depths, "--needles", "1", "2"],
         "ruler": ["--samples", "1", "--lengths", "6k", "--depths", "0.5", "--modes", "dca"],
         "qa": [*few, *depths, "--questions", tmp_path / "qa.jsonl", "--answer-tokens", "4"],
+        "recall": ["--synthetic", "--lengths", "1k", "--modes", "dca+sparse,dca+coverage0.5"],
         "perplexity": [*few, "--text", tmp_path / "text.txt", "--window", "128"],
     }
     images = {
@@ -364,6 +433,7 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "niah": ["niah-1_depth", "niah-2_depth", "niah_accuracy", "niah_density"],
         "ruler": ["niah-1_depth", "niah-4_depth", "ruler_accuracy", "ruler_density"],
         "qa": ["qa_depth", "qa_accuracy", "qa_density"],
+        "recall": ["recall", "recall_heads", "recall_density"],
         "perplexity": ["perplexity", "perplexity_density"],
     }
     for task, arguments in extra.items():
@@ -402,6 +472,8 @@ def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["passkey", "--chat"], "this tokenizer has no chat template"),
         (["qa", "--questions", "absent.jsonl"], "absent.jsonl"),
         (["perplexity", "--text", "absent.txt"], "absent.txt"),
+        (["recall", "--text", "absent.txt"], "absent.txt"),
+        (["recall", "--synthetic", "--lengths", "1k", "--modes", "dca"], "modes must be sparse ones without int8"),
     ],
 )
 def test_errors_are_one_line(
@@ -418,7 +490,8 @@ def test_errors_are_one_line(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--modes", "dca,fast", "mode must be 'rope' or 'dca', then '+sparse' and '+int8' as wanted, got 'fast'"),
+        ("--modes", "dca,fast", "mode must be 'rope' or 'dca', then '+sparse' or '+coverage'"),
+        ("--modes", "dca+coverage0.0", "coverage must lie in (0, 1), got 0.0"),
         ("--lengths", "4x", "a length must be a number of tokens such as 512, 4k or 1m, got '4x'"),
         ("--lengths", "0", "got '0'"),
         ("--depths", "0,2", "depths must be numbers between 0 and 1, got '0,2'"),
@@ -430,6 +503,16 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], option: str, value: str
         main(["eval", "passkey", "--model", "m", "-o", "out", option, value])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_mode_has_a_style_of_its_own() -> None:
+    """Up to three coverages; int8 shares the colour of the same prefill."""
+    prefills = ("rope", "rope+sparse", "dca", "dca+sparse", "dca+coverage0.8", "dca+coverage0.9", "rope+coverage0.9")
+    styles = line_styles([f"{prefill}{kv}" for prefill in prefills for kv in ("", "+int8")])
+    seen = {(style["color"], style["marker"], style.get("linestyle")) for style in styles.values()}
+    assert len(seen) == len(styles) == 2 * len(prefills)
+    assert all(styles[prefill]["color"] == styles[f"{prefill}+int8"]["color"] for prefill in prefills)
+    assert len({styles[prefill]["color"] for prefill in prefills}) == len(prefills)
 
 
 def test_length_labels() -> None:

@@ -135,13 +135,30 @@ class LayerRecall:
             sizes: (columns, distances) by head. A head with (0, 0) costs next to nothing and has recall 0.
             ends: positions at which prefill chunks end.
         """
+        vertical, slash = zip(*sizes, strict=True)
+        return self._measure(
+            lambda q, k: q.select(k, self.scale, vertical_size=vertical, slash_size=slash, last_q=self.last_q), ends
+        )
+
+    @torch.inference_mode()
+    def measure_coverage(self, coverage: float, ceiling: Sizes, ends: Sequence[int]) -> tuple[list[float], list[int]]:
+        """As :meth:`measure`, of index sets chosen by coverage, with the most columns and distances of a head."""
+        vertical, slash = ceiling
+        return self._measure(
+            lambda q, k: q.select_by_coverage(
+                k, self.scale, coverage, max_vertical=vertical, max_slash=slash, last_q=self.last_q
+            ),
+            ends,
+        )
+
+    def _measure(
+        self, select: Callable[[Queries, Tensor], tuple[Tensor, Tensor]], ends: Sequence[int]
+    ) -> tuple[list[float], list[int]]:
         kept = torch.zeros(self.lse.shape[1], dtype=torch.float64, device=self.lse.device)
         attended = torch.zeros(self.lse.shape[1], dtype=torch.int64, device=self.lse.device)
-        vertical, slash = zip(*sizes, strict=True)
         for start, end in pairwise([0, *ends]):
             q, (k, v) = self.queries(start, end), self.keys(end)
-            indexes = q.select(k, self.scale, vertical_size=vertical, slash_size=slash, last_q=self.last_q)
-            _, lse, pairs = q.attend_sparse(k, v, self.scale, *indexes)
+            _, lse, pairs = q.attend_sparse(k, v, self.scale, *select(q, k))
             # A subset's sum cannot be larger, but two kernels may round differently.
             kept += (lse - self.lse[start:end]).double().exp_().clamp_(max=1).sum(0)
             attended += pairs
@@ -310,17 +327,17 @@ def measure_budgets(
     chunk_tokens: int | None = None,
     progress: bool = False,
 ) -> Calibration:
-    """What given budgets keep of a prompt's attention, head by head, with exact (dense) hidden states.
+    """What given budgets, or a coverage, keep of a prompt's attention, head by head, with exact (dense) hidden states.
 
     Args:
         model: the model.
         input_ids: the prompt.
-        sparse: the budgets.
+        sparse: the budgets; with a coverage, the index sets that it chooses.
         chunk_tokens: rows per prefill chunk; None: the device's default.
         progress: show a bar.
 
     Returns:
-        Sizes (clipped to the prompt), recall and attended pairs; ``base`` repeats them.
+        Sizes (clipped to the prompt; of a coverage, its ceilings), recall and attended pairs; ``base`` repeats them.
 
     Raises:
         ValueError: bad tokens, or ``chunk_tokens`` below 1.
@@ -340,8 +357,13 @@ def measure_budgets(
             (min(vertical, length), min(slash, length))
             for vertical, slash in zip(sparse.vertical_sizes[layer], sparse.slash_sizes[layer], strict=True)
         ]
-        measured = zip(sizes, *meter.measure(sizes, ends), strict=True)
-        layers.append(tuple(HeadBudget(*pair, recall, attended) for pair, recall, attended in measured))
+        if sparse.coverage is None:
+            measured = meter.measure(sizes, ends)
+        else:
+            ceiling = max(sparse.vertical_sizes[layer]), max(sparse.slash_sizes[layer])
+            measured = meter.measure_coverage(sparse.coverage, ceiling, ends)
+        heads = zip(sizes, *measured, strict=True)
+        layers.append(tuple(HeadBudget(*pair, recall, attended) for pair, recall, attended in heads))
     return Calibration(tuple(layers), tuple(layers), _causal_pairs(length))
 
 

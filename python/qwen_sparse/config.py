@@ -207,8 +207,8 @@ class DualChunkConfig:
 
 
 COVERAGE_CEILING = 8192
-"""Most columns, and most distances, of a head whose sets are chosen by coverage. Published budgets of most heads are
-1000 and 6096, of the most diffuse ones over 20,000 (Qwen2.5-7B-Instruct-1M)."""
+"""Most columns, and most distances, of a head whose sets are chosen by coverage. Published budgets exceed it for 233 of
+784 heads of Qwen2.5-7B-Instruct-1M (the most common pair is 1000 and 6096; the most are 22032 and 24528)."""
 
 
 def check_coverage(coverage: float) -> None:

@@ -2,16 +2,17 @@
 
 Fixed budgets spend the same on every prompt. Here a head takes what its last rows' weights ask for, as FlexPrefill
 (arXiv 2502.20766) does for rows of blocks. The scores of :func:`qwen_sparse.ops.vertical_slash_scores` say how much
-weight the best V columns hold, A(V), and how much the best S distances, B(S), of each head. What both hold together is
-not known without the weights themselves; as if they were independent it is ``1 - (1 - A)(1 - B)``. Of several ways to
-split the missing weight ``1 - coverage`` between the two factors, a head takes the one that attends fewest keys.
+weight the best V columns hold, and how much the best S distances, of each head. The forced distances, the nearest keys,
+often hold most of it, share N. Of the rest, the best columns hold A(V) (without the last ones, which all voting rows
+reach through the forced distances: their weight is in N) and the best distances B(S). What both hold together is not
+known without the weights themselves; as if they were independent it is ``1 - (1 - A)(1 - B)`` of the rest. Of several
+ways to split what may be missing between the two factors, a head takes the one that attends fewest keys.
 
 Everything runs on the scores' device without the host waiting, and is deterministic: shares are sums of integers.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Chosen(NamedTuple):
     slash_indexes: Tensor
     """int32 ``[num_heads, max_slash]``, likewise."""
     expected: Tensor
-    """float64 ``[num_heads]``: ``1 - (1 - A)(1 - B)``; below the coverage where a ceiling was met."""
+    """float64 ``[num_heads]``: ``1 - (1 - N)(1 - A)(1 - B)``; below the coverage where a ceiling was met."""
 
 
 def select_by_coverage(
@@ -78,14 +79,19 @@ def choose(
     vertical_scores: Tensor, slash_scores: Tensor, rows: int, coverage: float, max_vertical: int, max_slash: int
 ) -> Chosen:
     """The rule on scores float32 ``[num_heads, num_keys]`` that ``rows`` rows have summed up to."""
-    columns = _Ranked(vertical_scores, NUM_FORCED_COLUMNS, max_vertical, rows)
-    distances = _Ranked(slash_scores, NUM_FORCED_DISTANCES, max_slash, rows)
-    missing = 1 - coverage
+    num_keys = slash_scores.shape[1]
+    near = min(NUM_FORCED_DISTANCES, max_slash, num_keys)
+    total = float(rows) * _UNIT
+    rest = (total - _integers(slash_scores[:, :near]).sum(1).double()).clamp(min=1)
+    place = torch.arange(num_keys, device=slash_scores.device)
+    columns = _Ranked(vertical_scores * (place < num_keys - near), NUM_FORCED_COLUMNS, max_vertical, rest)
+    distances = _Ranked(slash_scores * (place >= near), NUM_FORCED_DISTANCES, max_slash, rest)
+    missing = ((1 - coverage) * total / rest).clamp(max=1)
     best_cost = best_vertical = best_slash = best_held = None
     for split in SPLITS:
         vertical, held_by_columns = columns.fewest(1 - missing**split)
         slash, held_by_distances = distances.fewest(1 - missing ** (1 - split))
-        held = 1 - (1 - held_by_columns) * (1 - held_by_distances)
+        held = 1 - rest / total * (1 - held_by_columns) * (1 - held_by_distances)
         # Where a ceiling leaves the coverage out of reach, the set that holds most; else the one that attends fewest.
         cost = torch.where(held >= coverage - 1e-9, (vertical + distances.width_of(slash)).double(), 1e12 * (2 - held))
         if best_cost is None or best_vertical is None or best_slash is None or best_held is None:
@@ -102,26 +108,31 @@ def choose(
     return Chosen(columns.first(best_vertical), distances.first(best_slash), best_held)
 
 
-class _Ranked:
-    """The best entries of each head, best first."""
+def _integers(scores: Tensor) -> Tensor:
+    return (scores.double() * _UNIT).round().long()
 
-    def __init__(self, scores: Tensor, num_forced: int, most: int, rows: int) -> None:
+
+class _Ranked:
+    """The best entries of each head, best first, and the weight ``rest`` (float64 ``[num_heads]``) that they share."""
+
+    def __init__(self, scores: Tensor, num_forced: int, most: int, rest: Tensor) -> None:
         heads, num_keys = scores.shape
         self._forced = min(num_forced, most, num_keys)
         chosen = torch.ops.qwen_sparse.top_indexes(scores, [most] * heads, num_forced).long()
-        weights = (scores.gather(1, chosen).double() * _UNIT).round().long()
+        weights = _integers(scores.gather(1, chosen))
         ranks = torch.where(chosen < num_forced, torch.iinfo(torch.int64).max, weights)
         order = ranks.argsort(dim=1, descending=True, stable=True)  # equal ones: the lower index
         self.indexes = chosen.gather(1, order)
         self._held = weights.gather(1, order).cumsum(1)
-        self._total = float(rows) * _UNIT
+        self._rest = rest
 
-    def fewest(self, share: float) -> tuple[Tensor, Tensor]:
+    def fewest(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """How many entries hold ``share`` of the weight (all, if that is too little), and what they hold; by head."""
-        target = min(math.ceil(share * self._total), torch.iinfo(torch.int64).max)
-        count = (self._held < target).sum(1) + 1
+        target = (share * self._rest).ceil().long()
+        count = (self._held < target[:, None]).sum(1) + 1
         count = count.clamp(min=self._forced, max=self._held.shape[1])
-        return count, self._held.gather(1, count[:, None] - 1)[:, 0].double() / self._total
+        held = self._held.gather(1, count[:, None] - 1)[:, 0].double() / self._rest
+        return count, held.clamp(max=1)  # of the columns next to the last hundred some weight is in N too
 
     def width_of(self, count: Tensor) -> Tensor:
         """Keys that a block attends for its first ``count`` distances: bands of 64 that may overlap."""

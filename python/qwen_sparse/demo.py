@@ -105,7 +105,8 @@ def accuracy_grid(
     """
     results = []
     cells = [(length, depth, sample) for length in lengths for depth in depths for sample in range(samples)]
-    with tqdm(total=sum(length for length, _, _ in cells), desc=MODES[mode], unit="x", file=sys.stderr) as bar:
+    title, total = Mode.parse(mode).title, sum(length for length, _, _ in cells)
+    with tqdm(total=total, desc=title, unit="x", file=sys.stderr) as bar:
         for length, depth, sample in cells:
             prompt = make_prompt(length * TRAINED_LENGTH, depth, seed=seed + sample, **prompt_options)
             results.append(retrieve(model, mode, prompt))
@@ -131,7 +132,7 @@ def plot_grids(grids: dict[str, list[Retrieval]], path: Path) -> None:
     draw_heat_maps(
         {MODES[mode]: {cell: accuracy(found) for cell, found in grid.items()} for mode, grid in cells.items()},
         path,
-        label=lambda length: f"{length // TRAINED_LENGTH}×",
+        column_label=lambda length: f"{length // TRAINED_LENGTH}×",
         xlabel=f"prompt length / trained length ({TRAINED_LENGTH} bytes)",
     )
 

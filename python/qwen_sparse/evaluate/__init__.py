@@ -1,4 +1,4 @@
-"""How accurate a model is at each context length: retrieval, tracking and counting tasks, questions, perplexity.
+"""How accurate a model is at each context length: retrieval, tracking, counting, questions, perplexity, recall.
 
 ``qwen-sparse eval`` is the command line of it. In Python:
 
@@ -13,6 +13,7 @@ from .needles import niah, passkey, variable_tracking
 from .perplexity import evaluate_perplexity
 from .prompts import Needle, Prompt, Task, make_prompt
 from .questions import question_answering, read_questions
+from .recall import evaluate_recall
 from .run import Answer, answer, evaluate_tasks
 from .words import common_words, frequent_words
 
@@ -26,6 +27,7 @@ __all__ = [
     "common_words",
     "default_modes",
     "evaluate_perplexity",
+    "evaluate_recall",
     "evaluate_tasks",
     "frequent_words",
     "make_prompt",

@@ -20,10 +20,11 @@ from .needles import niah, passkey, variable_tracking
 from .perplexity import evaluate_perplexity
 from .prompts import Task
 from .questions import question_answering, read_questions
+from .recall import evaluate_recall, sparse_modes
 from .run import evaluate_tasks
 from .words import common_words, frequent_words
 
-__all__ = ["add_arguments", "length_label", "run"]
+__all__ = ["add_arguments", "head_grids", "length_label", "run"]
 
 _TASKS = {
     "passkey": "one number in a long text",
@@ -31,6 +32,7 @@ _TASKS = {
     "ruler": "one and four needles, variable tracking, common words, frequent words",
     "qa": "questions about documents of your own",
     "perplexity": "windows of a text of your own behind contexts of each length",
+    "recall": "no answers: how much attention sparse prefill keeps, by layer and head",
 }
 _UNITS = {"k": 2**10, "m": 2**20}
 
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parsers = {name: tasks.add_parser(name, help=text, description=text) for name, text in _TASKS.items()}
     for name, task in parsers.items():
         _add_common(task)
-        if name != "perplexity":
+        if name not in ("perplexity", "recall"):
             task.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
         if name in ("passkey", "niah", "ruler", "qa"):
             task.add_argument("--depths", type=_depths, default=[0, 0.25, 0.5, 0.75, 1], help="0,0.25,0.5,0.75,1")
@@ -59,11 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parsers["perplexity"].add_argument("--window", type=int, default=256, help="tokens predicted at a time (256)")
     parsers["perplexity"].add_argument("--samples", type=int, default=8, help="windows (8)")
 
+    text = parsers["recall"].add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, help="text file whose first tokens are measured")
+    text.add_argument("--synthetic", action="store_true", help="measure on generated passkey prompts")
+    parsers["recall"].add_argument("--seed", type=int, default=0, help="of generated prompts (0)")
+
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--lengths", type=_lengths, default=[2**12, 2**14], help="tokens, e.g. 1k,4k,1m (4k,16k)")
-    parser.add_argument("--modes", type=_modes, help="rope or dca, then +sparse, +int8, e.g. dca,dca+sparse+int8")
+    parser.add_argument("--modes", type=_modes, help="rope or dca, then +sparse or +coverage0.95, then +int8")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the JSON and the figures")
@@ -115,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     if args.figures:
         require_matplotlib()
     model = load_model(args.model, device=args.device, dtype=args.dtype, max_seq_len=max(args.lengths))
-    modes = args.modes or default_modes(model)
+    modes = args.modes or (sparse_modes(model) if args.task == "recall" else default_modes(model))
     found = _rows(model, modes, args)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -129,8 +136,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     progress = sys.stderr.isatty()
-    if args.task == "perplexity":
-        text = args.text.read_text(encoding="utf-8")
+    text = None if getattr(args, "text", None) is None else args.text.read_text(encoding="utf-8")
+    if args.task == "recall":
+        return evaluate_recall(model, text, modes, args.lengths, seed=args.seed, progress=progress)
+    if text is not None:
         options = {"window": args.window, "samples": args.samples, "progress": progress}
         return evaluate_perplexity(model, text, modes, args.lengths, **options)
     return evaluate_tasks(
@@ -186,7 +195,7 @@ def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
 
 
 def _print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    for value in ("accuracy", "exact_match", "perplexity", "density"):
+    for value in ("accuracy", "exact_match", "perplexity", "recall", "lowest_recall", "density"):
         if value in rows[0]:
             print(f"\n{value.replace('_', ' ')}")
             print(_table(_means(rows, value), value))
@@ -209,6 +218,19 @@ def _table(means: Sequence[dict[str, Any]], value: str) -> str:
     )
 
 
+def head_grids(rows: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[float, int], float]]:
+    """Recall by layer and head: a panel for each mode and length, mode by mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    return {
+        f"{Mode.parse(row['mode']).title}, {length_label(row['length'])}": {
+            (layer, head): recall
+            for layer, recalls in enumerate(row["recall_by_head"])
+            for head, recall in enumerate(recalls)
+        }
+        for row in sorted(rows, key=lambda row: (modes.index(row["mode"]), row["length"]))
+    }
+
+
 def _draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Every figure that the rows have the values for; their files."""
     files = []
@@ -219,8 +241,16 @@ def _draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Path
             title = Mode.parse(row["mode"]).title
             grids.setdefault(title, {})[row["depth"], row["length"]] = row["accuracy"]
         files.append(args.output / f"{task}_depth.png")
-        draw_heat_maps(grids, files[-1], label=length_label)
-    names = {"accuracy": "score", "perplexity": "perplexity per token", "density": "attended share of causal pairs"}
+        draw_heat_maps(grids, files[-1], column_label=length_label)
+    if "recall_by_head" in rows[0]:
+        files.append(args.output / "recall_heads.png")
+        draw_heat_maps(head_grids(rows), files[-1], row_label=str, xlabel="head", ylabel="layer", value="recall")
+    names = {
+        "accuracy": "score",
+        "perplexity": "perplexity per token",
+        "recall": "recall, mean over heads",
+        "density": "attended share of causal pairs",
+    }
     for value, ylabel in names.items():
         if value in rows[0]:
             files.append(args.output / (f"{args.task}.png" if value == args.task else f"{args.task}_{value}.png"))

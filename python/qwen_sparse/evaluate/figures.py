@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .modes import Mode
 
-__all__ = ["Grid", "draw_heat_maps", "draw_lines", "require_matplotlib"]
+__all__ = ["Grid", "draw_heat_maps", "draw_lines", "line_styles", "require_matplotlib"]
 
 Grid = Mapping[tuple[float, int], float]
-"""Accuracy, 0 to 1, by depth and length."""
+"""Values from 0 to 1 by row and column: accuracy by depth and length, recall by layer and head."""
 
-_COLOURS = {
-    (False, False): "#000000",
-    (True, False): "#0072B2",
-    (False, True): "#CC79A7",
-    (True, True): "#D55E00",
+_MOST_NAMED = 12  # rows or columns whose cells have room for numbers, and axes for all ticks
+
+_Prefill = tuple[bool, bool, float | None]
+"""Of a mode: DCA or plain RoPE, sparse or not, coverage."""
+_STYLES: dict[_Prefill, tuple[str, str]] = {
+    (False, False, None): ("#000000", "o"),
+    (True, False, None): ("#0072B2", "s"),
+    (False, True, None): ("#CC79A7", "v"),
+    (True, True, None): ("#D55E00", "^"),
 }
-"""By rotation (DCA or not) and sparse or not."""
-_MARKERS = {(False, False): "o", (True, False): "s", (False, True): "v", (True, True): "^"}
+"""Colour and mark of a line."""
+_COVERAGE_STYLES = (("#009E73", "D"), ("#E69F00", "P"), ("#56B4E9", "X"))
+"""Of the coverages in a figure, in their order."""
 
 
 def require_matplotlib() -> None:
@@ -37,9 +42,16 @@ def require_matplotlib() -> None:
 
 
 def draw_heat_maps(
-    grids: Mapping[str, Grid], path: Path, *, label: Callable[[int], str], xlabel: str = "length in tokens"
+    grids: Mapping[str, Grid],
+    path: Path,
+    *,
+    column_label: Callable[[int], str] = str,
+    row_label: Callable[[float], str] = "{:.0%}".format,
+    xlabel: str = "length in tokens",
+    ylabel: str = "depth",
+    value: str = "retrieved",
 ) -> None:
-    """One panel of accuracy per title, depth against length; ``label`` names a length.
+    """One panel per title with its mean; the labels name a column (length, head) and a row (depth, layer).
 
     Raises:
         ValueError: matplotlib is missing.
@@ -48,31 +60,33 @@ def draw_heat_maps(
     from matplotlib import pyplot
 
     columns = 3 if len(grids) % 3 == 0 else min(len(grids), 2)
-    rows = -(-len(grids) // columns)
+    lines = -(-len(grids) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.3 * rows + 0.3), squeeze=False, layout="constrained"
+        lines, columns, figsize=(4.4 * columns, 3.3 * lines + 0.3), squeeze=False, layout="constrained"
     )
     image: Any = None
     for axis in axes.flat[len(grids) :]:
         axis.set_axis_off()
     for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
-        depths, lengths = sorted({depth for depth, _ in grid}), sorted({length for _, length in grid})
-        values = [[grid.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        ys, xs = sorted({row for row, _ in grid}), sorted({column for _, column in grid})
+        values = [[grid.get((row, column), float("nan")) for column in xs] for row in ys]
         image = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                if value == value:
-                    colour = "black" if value > 0.55 else "white"
-                    axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=10, color=colour)
-        axis.set_xticks(range(len(lengths)), [label(length) for length in lengths], fontsize=10)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=10)
+        if max(len(xs), len(ys)) <= _MOST_NAMED:
+            for y, row in enumerate(values):
+                for x, number in enumerate(row):
+                    if number == number:
+                        colour = "black" if number > 0.55 else "white"
+                        axis.text(x, y, f"{number:.0%}", ha="center", va="center", fontsize=10, color=colour)
+        for named, names in ((axis.set_xticks, [*map(column_label, xs)]), (axis.set_yticks, [*map(row_label, ys)])):
+            step = -(-len(names) // _MOST_NAMED)
+            named(range(0, len(names), step), names[::step], fontsize=10)
         mean = sum(grid.values()) / len(grid)
         axis.set_title(f"{title}: {mean:.1%}", fontsize=11)
     for axis in axes[-1]:
         axis.set_xlabel(xlabel, fontsize=11)
     for axis in axes[:, 0]:
-        axis.set_ylabel("depth", fontsize=11)
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="retrieved")
+        axis.set_ylabel(ylabel, fontsize=11)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label=value)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -90,6 +104,7 @@ def draw_lines(
     from matplotlib.ticker import LogLocator, NullLocator
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    styles = line_styles(dict.fromkeys(row["mode"] for row in rows))
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     figure, axes = pyplot.subplots(
@@ -101,7 +116,7 @@ def draw_lines(
         of_task = [row for row in rows if row["task"] == task]
         for name in dict.fromkeys(row["mode"] for row in of_task):
             points = sorted((row["length"], row[value]) for row in of_task if row["mode"] == name)
-            axis.plot(*zip(*points, strict=True), **_line_style(name))
+            axis.plot(*zip(*points, strict=True), **styles[name])
         lengths = sorted({row["length"] for row in of_task})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [label(length) for length in lengths], fontsize=10)
@@ -124,11 +139,18 @@ def draw_lines(
     pyplot.close(figure)
 
 
-def _line_style(name: str) -> dict[str, Any]:
-    """Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
-    mode = Mode.parse(name)
-    key = mode.dual_chunk, mode.sparse
-    style: dict[str, Any] = {"color": _COLOURS[key], "marker": _MARKERS[key], "label": mode.title, "linewidth": 1.8}
-    if mode.int8:
-        return style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
-    return style | {"markersize": 5 if mode.sparse else 7}
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By mode. Lines of int8 are dashed, with open and larger marks, so that one shows behind the other."""
+    styles, found = {}, dict(_STYLES)
+    for name in names:
+        mode = Mode.parse(name)
+        key = mode.dual_chunk, mode.sparse, mode.coverage
+        if key not in found:
+            found[key] = _COVERAGE_STYLES[(len(found) - len(_STYLES)) % len(_COVERAGE_STYLES)]
+        colour, mark = found[key]
+        style = {"color": colour, "marker": mark, "label": mode.title, "linewidth": 1.8}
+        if mode.int8:
+            styles[name] = style | {"linestyle": "--", "markersize": 10, "markerfacecolor": "none"}
+        else:
+            styles[name] = style | {"markersize": 5 if mode.sparse else 7}
+    return styles

@@ -1,26 +1,32 @@
-"""The ways to run one model: rotations, sparse or dense prefill, dtype of the KV cache."""
+"""The ways to run one model: rotations, dense or sparse prefill, dtype of the KV cache."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
+from ..config import check_coverage
 from ..models.qwen2 import Qwen2Model
 
 __all__ = ["Mode", "default_modes"]
 
-_ROTATIONS = {"rope": "plain RoPE", "dca": "DCA"}
-_OPTIONS = {"sparse": "vertical-slash", "int8": "int8 KV"}
+_NAME = re.compile(r"(?P<rotation>rope|dca)(?P<sparse>\+sparse|\+coverage(?P<coverage>0?\.\d{1,4}))?(?P<int8>\+int8)?")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How to run a model. Its name is ``rope`` or ``dca``, then ``+sparse`` and ``+int8`` as wanted.
+    """How to run a model. Its name is ``rope`` or ``dca``, then ``+sparse`` or ``+coverage0.95``, then ``+int8``.
 
-    ``sparse`` prefills every prompt sparsely, also one that the checkpoint's threshold would leave dense.
+    Without the second part prefill is dense. ``sparse`` takes the checkpoint's budgets, ``coverage`` index sets chosen
+    for that share of attention (:mod:`qwen_sparse.coverage`); both prefill every prompt sparsely, also one that the
+    checkpoint's threshold would leave dense.
     """
 
     dual_chunk: bool
     sparse: bool = False
+    """Vertical-slash prefill."""
+    coverage: float | None = None
+    """Share of attention that its index sets are chosen for; None: budgets."""
     int8: bool = False
 
     @classmethod
@@ -28,22 +34,32 @@ class Mode:
         """From a name.
 
         Raises:
-            ValueError: not such a name.
+            ValueError: not such a name, or a coverage outside (0, 1).
         """
-        rotation, *options = name.split("+")
-        if rotation not in _ROTATIONS or not set(options) <= set(_OPTIONS) or len(options) > len(set(options)):
-            raise ValueError(f"mode must be 'rope' or 'dca', then '+sparse' and '+int8' as wanted, got {name!r}")
-        return cls(rotation == "dca", "sparse" in options, "int8" in options)
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                "mode must be 'rope' or 'dca', then '+sparse' or '+coverage' with a share such as 0.95, then '+int8', "
+                f"the last two as wanted, got {name!r}"
+            )
+        coverage = None if match["coverage"] is None else float(match["coverage"])
+        if coverage is not None:
+            check_coverage(coverage)
+        return cls(match["rotation"] == "dca", match["sparse"] is not None, coverage, match["int8"] is not None)
 
     @property
     def name(self) -> str:
         """What :meth:`parse` reads."""
-        return "dca" * self.dual_chunk + "rope" * (not self.dual_chunk) + "+sparse" * self.sparse + "+int8" * self.int8
+        prefill = "" if not self.sparse else "+sparse" if self.coverage is None else f"+coverage{self.coverage}"
+        return ("dca" if self.dual_chunk else "rope") + prefill + "+int8" * self.int8
 
     @property
     def title(self) -> str:
         """What tables and figures say."""
-        return " + ".join(_ROTATIONS.get(part) or _OPTIONS[part] for part in self.name.split("+"))
+        parts = ["DCA" if self.dual_chunk else "plain RoPE"]
+        if self.sparse:
+            parts.append("vertical-slash" if self.coverage is None else f"coverage {self.coverage}")
+        return " + ".join([*parts, *["int8 KV"] * self.int8])
 
     def apply(self, model: Qwen2Model) -> Qwen2Model:
         """The same weights, run this way.
@@ -53,7 +69,7 @@ class Mode:
         """
         if self.dual_chunk and model.config.dual_chunk is None:
             raise ValueError(f"mode {self.name!r} needs dual_chunk_attention_config in the model's config.json")
-        if self.sparse and model.config.sparse is None:
+        if self.sparse and self.coverage is None and not _has_budgets(model):
             raise ValueError(
                 f"mode {self.name!r} needs budgets (sparse_attention_config.json beside the model, or "
                 "sparse_attention_config inside dual_chunk_attention_config); this model has none"
@@ -62,10 +78,16 @@ class Mode:
             attention="sparse" if self.sparse else "dense",
             kv_cache_dtype="int8" if self.int8 else "auto",
             config=model.config if self.dual_chunk else replace(model.config, dual_chunk=None),
+            coverage=self.coverage,
         )
 
 
 def default_modes(model: Qwen2Model) -> list[str]:
-    """The modes that a model can run, without int8."""
+    """The modes that a model can run, without coverage and int8."""
     names = ["rope", *["dca"] * (model.config.dual_chunk is not None)]
-    return names + [f"{names[-1]}+sparse"] * (model.config.sparse is not None)
+    return names + [f"{names[-1]}+sparse"] * _has_budgets(model)
+
+
+def _has_budgets(model: Qwen2Model) -> bool:
+    """A model that was loaded with a coverage has given up its own."""
+    return model.config.sparse is not None and model.config.sparse.coverage is None

@@ -42,7 +42,7 @@ DECODE_ROWS = 16
 _NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
 AttentionMode = Literal["auto", "dense", "sparse"]
-Output = Literal["all", "last", "none"]
+Output = Literal["all", "last", "none", "hidden"]
 
 _ops = torch.ops.qwen_sparse
 
@@ -330,21 +330,31 @@ class Qwen2Model:
             prompt_len: length of the whole prompt when this is one of its prefill chunks; the temperature of
                 Dual Chunk Attention follows the larger of it and the current length.
             sparse: vertical-slash attention, with indexes chosen from this chunk's last rows.
-            output: "all" rows' logits, those of the "last" row, or "none".
+            output: "all" rows' logits, those of the "last" row, "none", or all rows as :meth:`logits` takes them
+                ("hidden").
             stats: counters to add to.
 
         Returns:
-            float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none".
+            float32 logits ``[n, vocab]`` for "all", ``[vocab]`` for "last", None for "none"; ``[n, hidden]`` in the
+            model's dtype for "hidden".
         """
         stats = ForwardStats(self.device, measuring=False) if stats is None else stats
         num_rows = input_ids.shape[0]
         step = self._prefill_step(num_rows, cache, prompt_len, sparse, stats)
         # Behind the last layer's keys and values, only rows that logits are wanted of go on.
-        logits = self._run(input_ids, {"all": num_rows, "last": 1, "none": 0}[output], step)
+        rows = {"all": num_rows, "hidden": num_rows, "last": 1, "none": 0}[output]
+        hidden = self._run(input_ids, rows, step)
+        result = hidden if output == "hidden" else self.logits(hidden)
+        stats.lap("linear")
         cache.commit(num_rows)
         if output == "none":
             return None
-        return logits if output == "all" else logits[0]
+        return result[0] if output == "last" else result
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[n, vocab]`` of rows ``[n, hidden]`` behind the final norm."""
+        return linear(hidden, self.weights.lm_head).float()
 
     @torch.inference_mode()
     def forward_layer(
@@ -413,7 +423,7 @@ class Qwen2Model:
             stats=ForwardStats(self.device, measuring=False),
             scale_factors=rope.dual_chunk_scale_factors(seqlens + 1, original) if original > 0 else None,
         )
-        return self._run(input_ids, input_ids.shape[0], step)
+        return self.logits(self._run(input_ids, input_ids.shape[0], step))
 
     def _beyond_chunk(self, end: int) -> bool:
         """Whether a prefill chunk that ends there takes the three rotations of Dual Chunk Attention."""
@@ -438,16 +448,13 @@ class Qwen2Model:
         )
 
     def _run(self, input_ids: Tensor, output_rows: int, step: _Step) -> Tensor:
-        """All layers; float32 logits ``[output_rows, vocab]`` of the last rows."""
+        """All layers and the final norm; ``[output_rows, hidden]`` of the last rows."""
         num_rows, last_layer = input_ids.shape[0], self.config.num_layers - 1
         step.stats.start()
         hidden = F.embedding(input_ids, self.weights.embedding)
         for layer in range(last_layer + 1):
             hidden = self._layer(layer, hidden, output_rows if layer == last_layer else num_rows, step)
-        hidden = _rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
-        logits = linear(hidden, self.weights.lm_head).float()
-        step.stats.lap("linear")
-        return logits
+        return _rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
 
     def _layer(self, layer: int, hidden: Tensor, rows: int, step: _Step) -> Tensor:
         """One decoder layer: all K and V are cached, the last ``rows`` rows are returned."""
