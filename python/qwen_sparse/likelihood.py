@@ -87,5 +87,5 @@ def likelihoods(
                 logits = model.logits(hidden[row - begin : last - begin])
                 found.append(of_logits(logits, wanted[row - first : last - first]))
     finally:
-        cache.release_workspace()
+        cache.pool.release_workspace()
     return Likelihoods(*(torch.cat(parts) for parts in zip(*found, strict=True)))
