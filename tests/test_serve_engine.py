@@ -517,6 +517,8 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*args: Any, **kwargs: Any) -> Tensor:
+        while engine.snapshot().waiting < 1:
+            time.sleep(0.001)
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     with serving() as engine:
