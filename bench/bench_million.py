@@ -170,7 +170,7 @@ def run_prefill(
                 print(f"prefill: {end:,} of {total:,} tokens, chunk {seconds:.2f} s", flush=True)
             start = end
     finally:
-        cache.release_workspace()
+        cache.pool.release_workspace()
     return chunks, logits
 
 
@@ -263,7 +263,7 @@ def measure_decode(model: Qwen2Model, cache: PagedKVCache, logits: Tensor | None
     seconds = Timing.of([after - before for before, after in itertools.pairwise(times)][STEPS_BEFORE_TIMING:])
     weights = model.weights
     read = weights.nbytes - (0 if model.config.tie_word_embeddings else weights.embedding.nbytes)
-    read += kv_cache_bytes(model.config, keys, cache.storage_dtype)
+    read += kv_cache_bytes(model.config, keys, cache.pool.storage_dtype)
     return {
         "figure": "decode",
         "keys": keys,

@@ -158,7 +158,7 @@ def _prefill_and_decode(model: Qwen2Model, tokens: Tensor) -> tuple[Tensor, Tens
     cache, tokens = model.new_cache(len(tokens)), tokens.to(model.device)
     logits = _prefill(model, tokens[:-1], cache, sparse=False, stats=ForwardStats(model.device))
     seqlens = torch.full((1,), cache.seqlen, device=model.device)
-    return logits, model.decode_step(tokens[-1:], seqlens, cache, cache.block_table)
+    return logits, model.decode_step(tokens[-1:], seqlens, cache.pool, cache.block_table)
 
 
 @contextlib.contextmanager

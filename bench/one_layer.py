@@ -72,7 +72,7 @@ def measure_layer(
         sdpa = functools.partial(sdpa_chunk, q, k, v, scale, backends)
         candidates |= working({name: lambda: sdpa}, skipped, figure="one layer")
     timings = interleaved(candidates, repeats=arguments.repeats, device=device)
-    cache.release_workspace()
+    cache.pool.release_workspace()
 
     # In all layers but the last, whose one row at the prompt's end adds next to nothing.
     layers = config.num_layers - 1

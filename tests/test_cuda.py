@@ -78,7 +78,7 @@ def step_logits(path: Path, device: str, dtype: str, kv_cache_dtype: str) -> Ten
     rows = []
     for token in TOKENS[PROMPT:END].to(device):
         length = torch.tensor([cache.seqlen], device=device)
-        rows.append(model.decode_step(token[None], length, cache, cache.block_table))
+        rows.append(model.decode_step(token[None], length, cache.pool, cache.block_table))
         cache.commit(1)
     return torch.cat(rows).cpu()
 

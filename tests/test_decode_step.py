@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, decoding, load_model, prefill
-from qwen_sparse.decoding import _Graph, _Steps, decode
+from qwen_sparse.decoding import StepGraph, _Steps, decode
 from qwen_sparse.models import qwen2
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.sampling import Sampler
@@ -59,7 +59,7 @@ CASES = [
 
 def step(model: Qwen2Model, cache: PagedKVCache, token: Tensor) -> Tensor:
     """Logits ``[vocab]`` behind one more token."""
-    logits = model.decode_step(token[None], torch.tensor([cache.seqlen]), cache, cache.block_table)
+    logits = model.decode_step(token[None], torch.tensor([cache.seqlen]), cache.pool, cache.block_table)
     cache.commit(1)
     return logits[0]
 
@@ -94,13 +94,10 @@ def test_several_sequences(case: Case, write_checkpoint: WriteCheckpoint) -> Non
     prompts = (IDS[:290], IDS.flip(0)[:120], IDS[50:51])
     alone = [prefill(model, prompt[:-10], cache=model.new_cache(384)).cache for prompt in prompts[:2]]
     alone.append(model.new_cache(384))
-    pool = model.new_cache(9 * 128)
+    pool = model.new_pool(9)
     tables = torch.tensor([[8, 1, 3], [5, 0, 7], [2, 6, 4]], dtype=torch.int32)
-    for table, cache in zip(tables.tolist(), alone, strict=True):
-        for layer in range(2):
-            for target, source in zip(pool.pages(layer), cache.pages(layer), strict=True):
-                if target is not None and source is not None:
-                    target[table] = source
+    for table, prompt in zip(tables.tolist(), prompts[:2], strict=False):
+        prefill(model, prompt[:-10], cache=PagedKVCache.in_pool(pool, table))
     for _ in range(10):
         lengths = torch.tensor([cache.seqlen for cache in alone])
         tokens = IDS[lengths]
@@ -117,7 +114,7 @@ def test_replayed(case: Case, write_checkpoint: WriteCheckpoint) -> None:
     length = torch.tensor([cache.seqlen])
 
     def recorded(tokens: Tensor, lengths: Tensor) -> Tensor:
-        return model.decode_step(tokens, lengths, cache, cache.block_table)
+        return model.decode_step(tokens, lengths, cache.pool, cache.block_table)
 
     replay = make_fx(recorded)(IDS[100:101], length)
     for position in range(100, 420):
@@ -129,7 +126,7 @@ SAMPLERS = [Sampler(), Sampler(temperature=0.7, top_p=0.9, top_k=20, repetition_
 
 
 class Recorded:
-    """In place of ``_Graph``: records the step's torch calls, with their Python values, and repeats them."""
+    """In place of ``StepGraph``: records the step's torch calls, with their Python values, and repeats them."""
 
     def __init__(self) -> None:
         self.replay: Any = None
@@ -211,7 +208,7 @@ def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_when_a_step_is_captured(cuda_log: list[str]) -> None:
     """The first call is the warm-up, the second captures, every one from there on replays."""
-    graph = _Graph(torch.device("cuda", 0))
+    graph = StepGraph(torch.device("cuda", 0))
 
     def step() -> None:
         cuda_log.append("step")
@@ -231,7 +228,7 @@ def test_a_capture_that_fails(cuda_log: list[str]) -> None:
         if cuda_log[-1] == "capture on side":
             raise ValueError("not like this")
 
-    graph = _Graph(torch.device("cuda", 0))
+    graph = StepGraph(torch.device("cuda", 0))
     graph.run(step)
     with pytest.raises(RuntimeError, match=r"cannot be captured .* \(cuda_graph=False does without\): not like this"):
         graph.run(step)
@@ -285,7 +282,7 @@ def test_nothing_is_read_by_the_host(
     with OnlyOn(VALUELESS) as mode:
         steps._step()
         lengths = torch.zeros(3, dtype=torch.int64, device=VALUELESS)
-        logits = model.decode_step(lengths, lengths, cache, cache.block_table.expand(3, -1))
+        logits = model.decode_step(lengths, lengths, cache.pool, cache.block_table.expand(3, -1))
     assert logits.shape == (3, VOCAB)
     assert mode.operations > 100
 

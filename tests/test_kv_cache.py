@@ -9,7 +9,7 @@ from torch import Tensor
 from conftest import DUAL_CHUNK, TINY
 from qwen_sparse import PagedKVCache, reference
 from qwen_sparse.config import ModelConfig
-from qwen_sparse.kv_cache import KVRotation, resolve_kv_cache_dtype
+from qwen_sparse.kv_cache import KVPool, KVRotation, resolve_kv_cache_dtype
 from qwen_sparse.memory import kv_cache_bytes
 from qwen_sparse.rope import inverse_frequencies
 
@@ -26,8 +26,8 @@ def random_kv(n: int, seed: int = 0, num_kv_heads: int = 2) -> tuple[Tensor, Ten
 
 def fill(cache: PagedKVCache, k: Tensor, v: Tensor) -> None:
     slots = cache.next_slots(k.shape[0])
-    for layer in range(cache.config.num_layers):
-        cache.append(layer, k + layer, v - layer, slots)
+    for layer in range(cache.pool.config.num_layers):
+        cache.pool.append(layer, k + layer, v - layer, slots)
     cache.commit(k.shape[0])
 
 
@@ -55,17 +55,17 @@ def test_workspace_is_a_view_of_the_pool() -> None:
     cache = PagedKVCache(CONFIG, capacity=256)
     fill(cache, *random_kv(200))
     k, v = cache.workspace(1, 200)
-    assert k.data_ptr() == cache.pages(1).k.data_ptr()
-    assert v.data_ptr() == cache.pages(1).v.data_ptr()
+    assert k.data_ptr() == cache.pool.pages(1).k.data_ptr()
+    assert v.data_ptr() == cache.pool.pages(1).v.data_ptr()
     assert k.is_contiguous()
-    assert cache.workspace_nbytes == 0
+    assert cache.pool.workspace_nbytes == 0
 
 
 def test_chunk_counts_only_once_committed() -> None:
     cache = PagedKVCache(CONFIG)
     k, v = random_kv(100)
     fill(cache, k, v)
-    cache.append(0, *random_kv(70, seed=1), cache.next_slots(70))  # a chunk that stops after the first layer
+    cache.pool.append(0, *random_kv(70, seed=1), cache.next_slots(70))  # a chunk that stops after the first layer
     assert cache.seqlen == 100
     assert torch.equal(cache.workspace(0, 100)[0], k)
     again_k, again_v = random_kv(70, seed=2)
@@ -81,10 +81,10 @@ def test_growth_keeps_tokens_and_is_geometric() -> None:
     fill(cache, *random_kv(1, seed=1))
     assert cache.capacity == 128 * 72  # an eighth more
     assert torch.equal(cache.workspace(1, 128 * 64)[1], v - 1)
-    before = cache.pages(0).k.data_ptr()
+    before = cache.pool.pages(0).k.data_ptr()
     cache.reserve(100)  # never shrinks
     assert cache.capacity == 128 * 72
-    assert cache.pages(0).k.data_ptr() == before
+    assert cache.pool.pages(0).k.data_ptr() == before
 
 
 def test_truncate() -> None:
@@ -97,43 +97,64 @@ def test_truncate() -> None:
     assert torch.equal(cache.workspace(0, 80)[0], torch.cat((k[:77], k[:3])))
 
 
-def test_remapped_pages_hold_the_same_tokens() -> None:
-    cache = PagedKVCache(CONFIG, capacity=512)
-    cache.remap([2, 0, 3, 1])
+def test_sequences_share_a_pool() -> None:
+    pool = KVPool(CONFIG, num_pages=8)
+    scattered = PagedKVCache.in_pool(pool, [2, 0, 3, 1])
+    together = PagedKVCache.in_pool(pool, [5])
     k, v = random_kv(600)
-    fill(cache, k[:100], v[:100])
-    fill(cache, k[100:], v[100:])  # grows past the remapped pages
-    assert cache.block_table.tolist() == [[2, 0, 3, 1, 4]]
-    assert torch.equal(cache.pages(0).k[2], k[:128])
-    assert torch.equal(cache.pages(0).k[4, :88], k[512:])
-    read_k, read_v = cache.workspace(1, 600)
+    fill(scattered, k[:100], v[:100])
+    fill(together, -k[:90], -v[:90])
+    with pytest.raises(ValueError, match=r"at most 512, what the sequence's pages of a shared pool hold"):
+        scattered.next_slots(500)
+    scattered.extend([4])
+    together.extend([6])
+    fill(scattered, k[100:], v[100:])
+    fill(together, -k[90:200], -v[90:200])
+    assert scattered.block_table.tolist() == [[2, 0, 3, 1, 4]]
+    assert torch.equal(pool.pages(0).k[2], k[:128])
+    assert torch.equal(pool.pages(0).k[4, :88], k[512:])
+    read_k, read_v = together.workspace(1, 200)  # consecutive pages: read in place
+    assert torch.equal(read_k, -k[:200] + 1)
+    assert torch.equal(read_v, -v[:200] - 1)
+    assert read_k.data_ptr() == pool.pages(1).k[5].data_ptr()
+    assert pool.workspace_nbytes == 0
+    read_k, read_v = scattered.workspace(1, 600)
     assert torch.equal(read_k, k + 1)
     assert torch.equal(read_v, v - 1)
-    assert cache.workspace_nbytes == 2 * 640 * 2 * 64 * 4
+    assert pool.workspace_nbytes == 2 * 640 * 2 * 64 * 4
+    assert (scattered.nbytes, together.nbytes) == (pool.nbytes * 5 // 8, pool.nbytes * 2 // 8)
+
+
+def test_pages_that_are_filled_already() -> None:
+    pool = KVPool(CONFIG, num_pages=4)
+    k, v = random_kv(256)
+    fill(PagedKVCache.in_pool(pool, [3, 1]), k, v)
+    again = PagedKVCache.in_pool(pool, [3, 1, 0], seqlen=128)
+    assert again.seqlen == 128
+    assert torch.equal(again.workspace(0, 128)[0], k[:128])
 
 
 def test_slots_of_several_sequences() -> None:
     tables = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
-    slots = PagedKVCache(CHUNKED, rotation=int8_rotation()).slots(torch.tensor([[127, 128], [5, 255]]), tables)
+    slots = PagedKVCache(CHUNKED, rotation=int8_rotation()).pool.slots(torch.tensor([[127, 128], [5, 255]]), tables)
     assert slots.positions.tolist() == [127, 128, 5, 255]
     assert slots.rotations.tolist() == [127, 0, 5, 127]
     assert slots.slot_mapping.tolist() == [2 * 128 + 127, 0, 128 + 5, 3 * 128 + 127]
 
 
-@pytest.mark.parametrize("pages", [None, [3, 1, 0, 2]], ids=["consecutive", "remapped"])
-def test_int8(pages: list[int] | None) -> None:
+@pytest.mark.parametrize("pages", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["consecutive", "scattered"])
+def test_int8(pages: list[int]) -> None:
     rotation = int8_rotation()
     assert rotation.k_bias is not None
-    cache = PagedKVCache(CHUNKED, kv_cache_dtype="int8", capacity=512, rotation=rotation)
-    if pages is not None:
-        cache.remap(pages)
+    pool = KVPool(CHUNKED, kv_cache_dtype="int8", num_pages=4, rotation=rotation)
+    cache = PagedKVCache.in_pool(pool, pages)
     k, v = random_kv(500, num_kv_heads=1)
     positions = torch.arange(500) % CHUNK_LEN
     for layer in range(2):
         bias = rotation.k_bias[layer].expand(500, 1, 64)
         rotated = reference.rotate(k + bias, positions, rotation.inv_freq).float()
         for start, end in ((0, 130), (130, 500)):
-            cache.append(layer, rotated[start:end], v[start:end], cache.next_slots(end - start))
+            cache.pool.append(layer, rotated[start:end], v[start:end], cache.next_slots(end - start))
             cache.commit(end - start)
         read_k, read_v = cache.workspace(layer, 500)
         unbiased = rotated - reference.rotate(bias, positions, rotation.inv_freq).float()
@@ -141,7 +162,7 @@ def test_int8(pages: list[int] | None) -> None:
         assert ((read_k - rotated).abs() <= half_step + 1e-3).all()  # without the bias trick: steps of ~ 300 / 127
         assert ((read_v - v).abs() <= v.abs().amax(-1, keepdim=True) / 127 / 2 + 1e-5).all()
         cache.truncate(0)
-    assert cache.pages(0).k.dtype == torch.int8
+    assert cache.pool.pages(0).k.dtype == torch.int8
 
 
 def test_int8_bytes_do_not_depend_on_the_cut() -> None:
@@ -155,7 +176,7 @@ def test_int8_bytes_do_not_depend_on_the_cut() -> None:
             start = end
         caches.append(cache)
     for layer in range(2):
-        for one, other in zip(*(cache.pages(layer) for cache in caches), strict=True):
+        for one, other in zip(*(cache.pool.pages(layer) for cache in caches), strict=True):
             assert one is not None
             assert torch.equal(one.flatten(0, 1)[:300], other.flatten(0, 1)[:300])
 
@@ -165,9 +186,9 @@ def test_layers_share_the_workspace() -> None:
     fill(cache, *random_kv(200, num_kv_heads=1))
     first, second = cache.workspace(0, 200)[0], cache.workspace(1, 200)[0]
     assert first.data_ptr() == second.data_ptr()
-    assert cache.workspace_nbytes == 2 * 256 * 64 * 4
-    cache.release_workspace()
-    assert cache.workspace_nbytes == 0
+    assert cache.pool.workspace_nbytes == 2 * 256 * 64 * 4
+    cache.pool.release_workspace()
+    assert cache.pool.workspace_nbytes == 0
 
 
 @pytest.mark.parametrize(("name", "storage"), [("auto", torch.float32), ("int8", torch.int8)])
@@ -194,11 +215,11 @@ def test_rules() -> None:
     k, v = random_kv(10)
     slots = cache.next_slots(10)
     with pytest.raises(ValueError, match=r"slot_mapping must have shape \[n\] = \[9\], got \[10\]"):
-        cache.append(0, k[:9], v[:9], slots)
+        cache.pool.append(0, k[:9], v[:9], slots)
     with pytest.raises(ValueError, match=r"= \[\*, 2, 64\], got \[10, 1, 64\] and \[10, 1, 64\]"):
-        cache.append(0, k[:, :1], v[:, :1], slots)
+        cache.pool.append(0, k[:, :1], v[:, :1], slots)
     with pytest.raises(ValueError, match=r"got \[10, 2, 64\] and \[9, 2, 64\]"):
-        cache.append(0, k, v[:9], slots)
+        cache.pool.append(0, k, v[:9], slots)
     with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 128\]"):
         cache.commit(129)
     with pytest.raises(ValueError, match=r"must be in \[0, seqlen = 0\], got 1"):
@@ -207,8 +228,10 @@ def test_rules() -> None:
         cache.workspace(0, 129)
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         cache.reserve(-1)
-    fill(cache, k, v)
-    with pytest.raises(ValueError, match="must be empty, got seqlen = 10"):
-        cache.remap([0])
-    with pytest.raises(ValueError, match=r"permutation of range\(2\), got \[0, 0\]"):
-        PagedKVCache(CONFIG, capacity=256).remap([0, 0])
+    with pytest.raises(ValueError, match="this one has its own and grows by itself"):
+        cache.extend([1])
+    pool = KVPool(CONFIG, num_pages=2)
+    with pytest.raises(ValueError, match=r"pages must be in \[0, num_pages = 2\), got \[0, 2\]"):
+        PagedKVCache.in_pool(pool, [0, 2])
+    with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 128\]"):
+        PagedKVCache.in_pool(pool, [0], seqlen=129)

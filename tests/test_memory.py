@@ -80,7 +80,7 @@ def measured_peak(model: Qwen2Model, n: int, chunk_tokens: int, cache: PagedKVCa
     start, total = cache.seqlen, cache.seqlen + n
     model.forward(ids[:chunk_tokens], cache, sparse=model.prefills_sparse(total))  # constants that stay
     cache.truncate(start)
-    cache.release_workspace()
+    cache.pool.release_workspace()
 
     def run() -> None:
         for row in range(0, n, chunk_tokens):

@@ -12,6 +12,7 @@ import torch
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets
 from qwen_sparse import PagedKVCache, load_model, prefill
+from qwen_sparse.kv_cache import KVPool
 from qwen_sparse.memory import kv_cache_bytes
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.prefill import chunk_ends
@@ -119,9 +120,9 @@ def test_stopping_in_the_middle_leaves_whole_chunks(
 ) -> None:
     model = model.with_options(kv_cache_dtype=kv_cache_dtype)
     ids, cache = random_ids(384), model.new_cache()
-    real, appends = PagedKVCache.append, 0
+    real, appends = KVPool.append, 0
 
-    def failing(self: PagedKVCache, *args: Any) -> None:
+    def failing(self: KVPool, *args: Any) -> None:
         nonlocal appends
         appends += 1
         if appends == 6:  # the second layer of the third prefill chunk, with its keys half written
@@ -130,11 +131,11 @@ def test_stopping_in_the_middle_leaves_whole_chunks(
         real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PagedKVCache, "append", failing)
+        patch.setattr(KVPool, "append", failing)
         with pytest.raises(error, match="stop"):
             prefill(model, ids, cache=cache, chunk_tokens=128)
     assert cache.seqlen == 256
-    assert cache.workspace_nbytes == 0
+    assert cache.pool.workspace_nbytes == 0
     resumed = prefill(model, ids[256:], cache=cache, chunk_tokens=128)
     assert torch.equal(resumed.logits, prefill(model, ids, chunk_tokens=128).logits)
 

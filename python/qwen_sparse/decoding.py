@@ -20,7 +20,7 @@ from .kv_cache import PagedKVCache
 from .models.qwen2 import Qwen2Model
 from .sampling import Sampler
 
-__all__ = ["decode"]
+__all__ = ["StepGraph", "decode"]
 
 _SIDE_STREAM_IN_USE = threading.Lock()  # a stream records what any thread does on it while it is captured
 
@@ -105,7 +105,7 @@ class _Steps:
         self._drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._host = torch.empty(max_new_tokens, dtype=torch.int64, pin_memory=on_gpu)
         self._events: deque[torch.cuda.Event] = deque()  # of tokens that were not read
-        self._graph = _Graph(model.device) if on_gpu and cuda_graph else None
+        self._graph = StepGraph(model.device) if on_gpu and cuda_graph else None
         self.started = 0
 
     @torch.inference_mode()
@@ -141,7 +141,7 @@ class _Steps:
 
     def _step(self) -> None:
         tokens = self._tokens.clamp(min=0)  # one that could not be chosen is reported when it is read
-        logits = self._model.decode_step(tokens, self._seqlens, self._cache, self._block_table)
+        logits = self._model.decode_step(tokens, self._seqlens, self._cache.pool, self._block_table)
         self._seqlens += 1
         self._sample(logits)
 
@@ -152,7 +152,7 @@ class _Steps:
         self._tokens.copy_(tokens)
 
 
-class _Graph:
+class StepGraph:
     """Runs a function, always the same, as it is the first time, captures it the second, and replays it from there on.
 
     It runs on the current stream, which must be one of its device. The first run is the warm-up that capturing needs:
@@ -166,6 +166,11 @@ class _Graph:
         self._warm = False
 
     def run(self, function: Callable[[], None]) -> None:
+        """Run it, or replay what it has launched.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """
         # The function is not kept: it belongs to the owner of this graph, and a cycle would keep a cache's memory.
         if not self._warm:
             with _SIDE_STREAM_IN_USE:

@@ -1,5 +1,8 @@
 """Paged KV cache: pages of 128 tokens in the model's dtype or in int8 with one scale per token and kv head.
 
+``KVPool`` holds the pages of every layer, ``PagedKVCache`` is one sequence in some of them. A cache that was made alone
+has a pool to itself, which grows with it; sequences that are served together share one.
+
 Attention always reads keys and values back from the cache, those of the current prefill chunk too, so int8
 results do not depend on where a prompt was cut. Memory is O(layers x tokens); one workspace of O(tokens),
 shared by all layers, holds dequantised keys and values during an int8 prefill.
@@ -17,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .config import PAGE_SIZE, ModelConfig
 
-__all__ = ["KVRotation", "LayerPages", "PagedKVCache", "Slots", "resolve_kv_cache_dtype"]
+__all__ = ["KVPool", "KVRotation", "LayerPages", "PagedKVCache", "Slots", "resolve_kv_cache_dtype"]
 
 _GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(1) copies per token
 
@@ -85,21 +88,16 @@ def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dty
     return torch.bfloat16
 
 
-class PagedKVCache:
-    """Keys and values of one sequence, by layer, in pages of 128 tokens.
-
-    A prefill chunk is written layer by layer with :meth:`append`, at the :meth:`next_slots`, and becomes part of
-    the sequence with :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in
-    between leaves the cache as it was after the last whole chunk. The pools and ``block_table [1, max_pages]`` have
-    the shapes that batched decoding needs; this class hands every page to its one sequence.
+class KVPool:
+    """Pages of keys and values, by layer. Which sequence has which page is up to its users.
 
     Args:
         config: sizes of the model.
         dtype: compute dtype; also the storage dtype when ``kv_cache_dtype`` is "auto".
         kv_cache_dtype: "auto", "bfloat16" or "int8".
-        capacity: tokens to reserve now; the cache grows on demand.
+        num_pages: pages to make.
         rotation: how keys were rotated; required for int8.
-        device: where the pools live.
+        device: where the pages live.
 
     Raises:
         ValueError: a dtype rule is broken, or ``rotation`` is missing for int8.
@@ -111,7 +109,7 @@ class PagedKVCache:
         *,
         dtype: torch.dtype | None = None,
         kv_cache_dtype: str = "auto",
-        capacity: int = 0,
+        num_pages: int = 0,
         rotation: KVRotation | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -119,15 +117,14 @@ class PagedKVCache:
         self.dtype = config.dtype if dtype is None else dtype
         self.storage_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
         if self.is_int8 and rotation is None:
-            raise ValueError("PagedKVCache: rotation must be given for kv_cache_dtype 'int8', got None")
+            raise ValueError("KVPool: rotation must be given for kv_cache_dtype 'int8', got None")
         self.rotation = rotation
-        self.block_table = torch.empty(1, 0, dtype=torch.int32, device=device)
-        self.device = self.block_table.device  # with an index: growing must not follow the current CUDA device
-        self._consecutive = True
-        self._seqlen = 0
-        self._layers = [self._empty_pages(0) for _ in range(config.num_layers)]
+        self.device = torch.empty(
+            0, device=device
+        ).device  # with an index: growing must not follow the current CUDA device
+        self.num_pages = num_pages
+        self._layers = [self._empty_pages(num_pages) for _ in range(config.num_layers)]
         self._workspace: tuple[Tensor, Tensor] | None = None
-        self.reserve(capacity)
 
     @property
     def is_int8(self) -> bool:
@@ -135,28 +132,14 @@ class PagedKVCache:
         return self.storage_dtype == torch.int8
 
     @property
-    def seqlen(self) -> int:
-        """Committed tokens."""
-        return self._seqlen
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit without growing."""
-        return self.block_table.shape[1] * PAGE_SIZE
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of all pools (reserved pages included), without the workspace."""
+        """Bytes of all pages, without the workspace."""
         return sum(pool.nbytes for pages in self._layers for pool in pages if pool is not None)
 
     @property
     def workspace_nbytes(self) -> int:
         """Bytes of the workspace; 0 while keys and values can be read in place."""
         return 0 if self._workspace is None else sum(buffer.nbytes for buffer in self._workspace)
-
-    def __repr__(self) -> str:
-        name = str(self.storage_dtype).removeprefix("torch.")
-        return f"PagedKVCache(seqlen={self.seqlen}, capacity={self.capacity}, {name}, nbytes={self.nbytes})"
 
     def _empty_pages(self, num_pages: int) -> LayerPages:
         shape = (num_pages, PAGE_SIZE, self.config.num_kv_heads)
@@ -170,49 +153,21 @@ class PagedKVCache:
         return LayerPages(values(), values(), scales(), scales())
 
     @torch.inference_mode()
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for ``num_tokens`` in total; never shrinks. Layers are copied one at a time.
-
-        Raises:
-            ValueError: a negative number.
-        """
-        if num_tokens < 0:
-            raise ValueError(f"reserve: num_tokens must be >= 0, got {num_tokens}")
-        num_pages, old_pages = -(-num_tokens // PAGE_SIZE), self.block_table.shape[1]
-        if num_pages <= old_pages:
-            return
-        used = -(-self._seqlen // PAGE_SIZE) if self._consecutive else old_pages
+    def grow(self, num_pages: int, keep: int) -> None:
+        """Have ``num_pages`` pages; never fewer. Layers are copied one at a time, of each the first ``keep`` pages."""
         for layer, old in enumerate(self._layers):
             if old.k.shape[0] >= num_pages:  # an interrupted call got this far
                 continue
             new = self._empty_pages(num_pages)
             for target, source in zip(new, old, strict=True):
                 if target is not None and source is not None:
-                    target[:used].copy_(source[:used])
+                    target[:keep].copy_(source[:keep])
             self._layers[layer] = new
-        added = torch.arange(old_pages, num_pages, dtype=torch.int32, device=self.device)
-        self.block_table = torch.cat((self.block_table, added[None]), dim=1)
+        self.num_pages = max(self.num_pages, num_pages)
 
-    def remap(self, pages: Sequence[int]) -> None:
-        """Use the reserved pages in this order instead of one after the other; the cache must be empty.
-
-        Raises:
-            ValueError: the cache holds tokens, or ``pages`` is not a permutation of the reserved pages.
-        """
-        if self._seqlen:
-            raise ValueError(f"remap: the cache must be empty, got seqlen = {self._seqlen}")
-        if sorted(pages) != list(range(self.block_table.shape[1])):
-            raise ValueError(f"remap: pages must be a permutation of range({self.block_table.shape[1]}), got {pages}")
-        self.block_table = torch.tensor([list(pages)], dtype=torch.int32, device=self.device)
-        self._consecutive = list(pages) == sorted(pages)
-
-    @torch.inference_mode()
-    def next_slots(self, num_tokens: int) -> Slots:
-        """Where the next ``num_tokens`` tokens go, behind the committed ones; makes room for them."""
-        end = self._seqlen + num_tokens
-        if end > self.capacity:
-            self.reserve(max(end, self.capacity + self.capacity // _GROWTH))
-        return self.slots(torch.arange(self._seqlen, end, device=self.device)[None], self.block_table)
+    def pages(self, layer: int) -> LayerPages:
+        """The pages of one layer, for attention that reads them through a block table."""
+        return self._layers[layer]
 
     @torch.inference_mode()
     def slots(self, positions: Tensor, block_table: Tensor) -> Slots:
@@ -239,7 +194,7 @@ class PagedKVCache:
             layer: layer number.
             k: rotated keys ``[n, num_kv_heads, head_dim]``.
             v: values, shaped like ``k``.
-            slots: where they go: :meth:`next_slots` for those behind the committed tokens.
+            slots: where they go.
 
         Raises:
             ValueError: a wrong shape, or (on the CPU) a slot that does not exist.
@@ -274,6 +229,171 @@ class PagedKVCache:
             "attention_factor": rotation.attention_factor,
         }
 
+    @torch.inference_mode()
+    def gather(self, layer: int, pages: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's first tokens in the workspace, which all layers and sequences share.
+
+        Args:
+            layer: layer number.
+            pages: int32 ``[n]``, the sequence's pages in order.
+            num_tokens: how many tokens, within these pages.
+
+        Returns:
+            Two tensors ``[num_tokens, num_kv_heads, head_dim]`` in the compute dtype; the next call overwrites them.
+        """
+        stored = self._layers[layer]
+        k, v = (buffer[:num_tokens] for buffer in self._buffers(pages.shape[0] * PAGE_SIZE))
+        ops.gather_kv(
+            stored.k,
+            stored.v,
+            pages,
+            k,
+            v,
+            k_scale=stored.k_scale,
+            v_scale=stored.v_scale,
+            chunk_len=self.rotation.chunk_len if self.rotation else None,
+            **self.bias_arguments(layer),
+        )
+        return k, v
+
+    def _buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        shape = (num_tokens, self.config.num_kv_heads, self.config.head_dim)
+        if self._workspace is None or self._workspace[0].shape != shape:
+            self._workspace = None  # free before the next one is made
+            k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self._workspace = k, v
+        return self._workspace
+
+    def release_workspace(self) -> None:
+        """Free the workspace; prefill calls it at its end, since decoding reads pages."""
+        self._workspace = None
+
+
+class PagedKVCache:
+    """Keys and values of one sequence, by layer, in pages of 128 tokens.
+
+    A prefill chunk is written layer by layer with :meth:`KVPool.append`, at the :meth:`next_slots`, and becomes part of
+    the sequence with :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in
+    between leaves the cache as it was after the last whole chunk.
+
+    Args:
+        config, dtype, kv_cache_dtype, rotation, device: see :class:`KVPool`; the cache makes one for itself.
+        capacity: tokens to reserve now; the cache grows on demand.
+
+    Raises:
+        ValueError: see :class:`KVPool`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_cache_dtype: str = "auto",
+        capacity: int = 0,
+        rotation: KVRotation | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        pool = KVPool(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, rotation=rotation, device=device)
+        self._begin(pool, (), 0, owned=True)
+        self.reserve(capacity)
+
+    @classmethod
+    def in_pool(cls, pool: KVPool, pages: Sequence[int], seqlen: int = 0) -> PagedKVCache:
+        """A sequence in pages of a shared pool; it gets more through :meth:`extend` and never grows the pool.
+
+        Args:
+            pool: the pages.
+            pages: numbers of the sequence's pages, in order.
+            seqlen: tokens that they hold already.
+
+        Raises:
+            ValueError: a page that does not exist, or more tokens than the pages hold.
+        """
+        cache = cls.__new__(cls)
+        cache._begin(pool, pages, seqlen, owned=False)
+        return cache
+
+    def _begin(self, pool: KVPool, pages: Sequence[int], seqlen: int, *, owned: bool) -> None:
+        self.pool = pool
+        self.block_table = torch.empty(1, 0, dtype=torch.int32, device=pool.device)
+        """int32 ``[1, max_pages]``."""
+        self._owned = owned
+        self._pages: list[int] = []
+        self._consecutive = True
+        self._seqlen = 0
+        self._add(pages)
+        self.commit(seqlen)
+
+    def _add(self, pages: Sequence[int]) -> None:
+        if not all(0 <= page < self.pool.num_pages for page in pages):
+            raise ValueError(f"pages must be in [0, num_pages = {self.pool.num_pages}), got {list(pages)}")
+        self._pages += pages
+        self._consecutive = self._pages == list(range(self._first, self._first + len(self._pages)))
+        added = torch.tensor([list(pages)], dtype=torch.int32, device=self.pool.device)
+        self.block_table = torch.cat((self.block_table, added), dim=1)
+
+    @property
+    def _first(self) -> int:
+        return self._pages[0] if self._pages else 0
+
+    @property
+    def seqlen(self) -> int:
+        """Committed tokens."""
+        return self._seqlen
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return len(self._pages) * PAGE_SIZE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sequence's pages (those reserved included), without the workspace."""
+        return self.pool.nbytes * len(self._pages) // max(self.pool.num_pages, 1)
+
+    def __repr__(self) -> str:
+        name = str(self.pool.storage_dtype).removeprefix("torch.")
+        return f"PagedKVCache(seqlen={self.seqlen}, capacity={self.capacity}, {name}, nbytes={self.nbytes})"
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for ``num_tokens`` in total; never shrinks. Layers are copied one at a time.
+
+        Raises:
+            ValueError: a negative number, or more than the pages hold of a sequence in a shared pool.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"reserve: num_tokens must be >= 0, got {num_tokens}")
+        num_pages, old_pages = -(-num_tokens // PAGE_SIZE), len(self._pages)
+        if num_pages <= old_pages:
+            return
+        if not self._owned:
+            raise ValueError(
+                f"reserve: num_tokens must be at most {self.capacity}, what the sequence's pages of a shared pool hold "
+                f"(extend it first), got {num_tokens}"
+            )
+        self.pool.grow(num_pages, keep=-(-self._seqlen // PAGE_SIZE))
+        self._add(range(old_pages, num_pages))
+
+    def extend(self, pages: Sequence[int]) -> None:
+        """Use more pages of the shared pool, behind those the sequence has.
+
+        Raises:
+            ValueError: a page that does not exist, or a cache with a pool of its own.
+        """
+        if self._owned:
+            raise ValueError("extend: the cache must be one in a shared pool; this one has its own and grows by itself")
+        self._add(pages)
+
+    @torch.inference_mode()
+    def next_slots(self, num_tokens: int) -> Slots:
+        """Where the next ``num_tokens`` tokens go, behind the committed ones; makes room for them."""
+        end = self._seqlen + num_tokens
+        if end > self.capacity:
+            self.reserve(max(end, self.capacity + self.capacity // _GROWTH) if self._owned else end)
+        positions = torch.arange(self._seqlen, end, device=self.pool.device)
+        return self.pool.slots(positions[None], self.block_table)
+
     def commit(self, num_tokens: int) -> None:
         """Make ``num_tokens`` appended tokens part of the sequence; call it once every layer holds them.
 
@@ -297,47 +417,20 @@ class PagedKVCache:
             raise ValueError(f"truncate: num_tokens must be in [0, seqlen = {self._seqlen}], got {num_tokens}")
         self._seqlen = num_tokens
 
-    def pages(self, layer: int) -> LayerPages:
-        """The pools of one layer, for attention that reads pages through ``block_table``."""
-        return self._layers[layer]
-
     @torch.inference_mode()
     def workspace(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Contiguous keys and values of the first ``num_tokens`` tokens, ``[n, num_kv_heads, head_dim]``.
 
-        A view of the pool when its pages hold the compute dtype and are consecutive. Otherwise a buffer that
-        all layers share: the next call overwrites it.
+        A view of the pool when its pages hold the compute dtype and are consecutive. Otherwise the pool's workspace:
+        the next call overwrites it.
 
         Raises:
             ValueError: more tokens than are reserved.
         """
         if not 0 <= num_tokens <= self.capacity:
             raise ValueError(f"workspace: num_tokens must be in [0, capacity = {self.capacity}], got {num_tokens}")
-        pages = self._layers[layer]
-        if not self.is_int8 and self._consecutive:
-            return pages.k.flatten(0, 1)[:num_tokens], pages.v.flatten(0, 1)[:num_tokens]
-        k, v = (buffer[:num_tokens] for buffer in self._buffers())
-        ops.gather_kv(
-            pages.k,
-            pages.v,
-            self.block_table[0],
-            k,
-            v,
-            k_scale=pages.k_scale,
-            v_scale=pages.v_scale,
-            chunk_len=self.rotation.chunk_len if self.rotation else None,
-            **self.bias_arguments(layer),
-        )
+        if self.pool.is_int8 or not self._consecutive:
+            return self.pool.gather(layer, self.block_table[0], num_tokens)
+        stored, start = self.pool.pages(layer), self._first * PAGE_SIZE
+        k, v = (pages.flatten(0, 1)[start : start + num_tokens] for pages in (stored.k, stored.v))
         return k, v
-
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        shape = (self.capacity, self.config.num_kv_heads, self.config.head_dim)
-        if self._workspace is None or self._workspace[0].shape != shape:
-            self._workspace = None  # free before the larger one is made
-            k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            self._workspace = k, v
-        return self._workspace
-
-    def release_workspace(self) -> None:
-        """Free the workspace; prefill calls it at its end, since decoding reads pages."""
-        self._workspace = None

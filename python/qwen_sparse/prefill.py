@@ -130,7 +130,7 @@ def prefill(
                     outputs.append(output)
                 bar.update(end - start)
     finally:
-        cache.release_workspace()
+        cache.pool.release_workspace()
 
     stats.finish()
     peak = peak_resident_memory()
@@ -227,7 +227,7 @@ def check_request(
     available = available_memory(model.device)
     if available is None:
         return
-    storage = resolve_kv_cache_dtype(model.kv_cache_dtype, model.dtype) if cache is None else cache.storage_dtype
+    storage = resolve_kv_cache_dtype(model.kv_cache_dtype, model.dtype) if cache is None else cache.pool.storage_dtype
     estimate = estimate_memory(
         model.config,
         total,
@@ -248,7 +248,8 @@ def check_request(
 
 
 def _check_cache(model: Qwen2Model, cache: PagedKVCache) -> None:
-    if cache.config != model.config or cache.dtype != model.dtype or cache.device != model.device:
+    pool = cache.pool
+    if pool.config != model.config or pool.dtype != model.dtype or pool.device != model.device:
         raise ValueError(
             "cache must come from this model (same config, dtype and device): use model.new_cache(), got "
             f"{cache!r} of another one"

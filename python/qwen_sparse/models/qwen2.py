@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import ops, rope
 from ..config import ModelConfig
 from ..coverage import select_by_coverage
-from ..kv_cache import KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
+from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
 from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
@@ -163,7 +163,7 @@ class Queries:
 class _Step:
     """What every layer of one forward pass shares. Rows are those of one sequence after the other's."""
 
-    cache: PagedKVCache
+    pool: KVPool
     slots: Slots
     block_table: Tensor
     """int32 ``[batch, max_pages]``."""
@@ -175,8 +175,10 @@ class _Step:
     stats: ForwardStats
     scale_factors: Tensor | None = None
     """float32 ``[batch]``, factors on ``scale``; only where pages are read."""
-    num_keys: int | None = None
-    """``seqlens_k`` of the one sequence; None: the host does not know it, and pages are read."""
+    cache: PagedKVCache | None = None
+    """The one sequence, whose keys can be read at once; None: pages are read."""
+    num_keys: int = 0
+    """``seqlens_k`` of that sequence."""
     sparse: bool = False
     lse: Tensor | None = None
     """float32 ``[rows, num_heads]``, where dense attention of all rows leaves its log-sum-exp."""
@@ -270,6 +272,17 @@ class Qwen2Model:
             self.attention_factor,
             chunk_len=config.dual_chunk.chunk_len if config.dual_chunk else None,
             k_bias=k_bias or None,
+        )
+
+    def new_pool(self, num_pages: int) -> KVPool:
+        """Pages of 128 tokens for sequences that share them (:meth:`qwen_sparse.PagedKVCache.in_pool`)."""
+        return KVPool(
+            self.config,
+            dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            num_pages=num_pages,
+            rotation=self._kv_rotation,
+            device=self.device,
         )
 
     def new_cache(self, capacity: int = 0) -> PagedKVCache:
@@ -371,7 +384,7 @@ class Qwen2Model:
         return self._rotate(q, k, positions, self._beyond_chunk(end), critical_rows)[0]
 
     @torch.inference_mode()
-    def decode_step(self, input_ids: Tensor, seqlens: Tensor, cache: PagedKVCache, block_table: Tensor) -> Tensor:
+    def decode_step(self, input_ids: Tensor, seqlens: Tensor, pool: KVPool, block_table: Tensor) -> Tensor:
         """One more token of each sequence of a batch, without the host reading anything from the device.
 
         All that changes from step to step is in tensors, and shapes are those of the arguments: captured in a CUDA
@@ -381,7 +394,7 @@ class Qwen2Model:
         Args:
             input_ids: int64 ``[batch]``, on the model's device.
             seqlens: int64 ``[batch]``, tokens that each sequence has cached, and so the new token's position.
-            cache: the pages.
+            pool: the pages.
             block_table: int32 ``[batch, max_pages]``, the pages of each sequence in order, with room for the new
                 token; ``cache.block_table`` for the one sequence of a cache.
 
@@ -391,8 +404,8 @@ class Qwen2Model:
         dual_chunk = self.config.dual_chunk
         original = 0 if dual_chunk is None else dual_chunk.original_max_position_embeddings
         step = _Step(
-            cache=cache,
-            slots=cache.slots(seqlens[:, None], block_table),
+            pool=pool,
+            slots=pool.slots(seqlens[:, None], block_table),
             block_table=block_table,
             seqlens_k=(seqlens + 1).int(),
             dual_chunk=dual_chunk is not None,
@@ -412,13 +425,14 @@ class Qwen2Model:
         end = cache.seqlen + num_rows
         slots = cache.next_slots(num_rows)  # may grow the block table
         return _Step(
-            cache=cache,
+            pool=cache.pool,
             slots=slots,
             block_table=cache.block_table,
             seqlens_k=torch.full((1,), end, dtype=torch.int32, device=self.device),
             dual_chunk=self._beyond_chunk(end),
             scale=self.softmax_scale(max(prompt_len, end)),
             stats=stats,
+            cache=cache,
             num_keys=end,
             sparse=sparse,
         )
@@ -442,7 +456,7 @@ class Qwen2Model:
         critical_rows = sparse.last_q if step.sparse and sparse is not None else 0
         rotated, k = self._rotate(q, k, step.slots.positions, step.dual_chunk, critical_rows)
         stats.lap("linear")
-        step.cache.append(layer, k, v, step.slots)
+        step.pool.append(layer, k, v, step.slots)
         stats.lap("cache")
         if rows == 0:
             return hidden[:0]
@@ -487,18 +501,18 @@ class Qwen2Model:
 
     def _attend(self, layer: int, q: Queries, rows: int, step: _Step) -> Tensor:
         """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
-        stats, num_keys = step.stats, step.num_keys
-        if num_keys is None:
+        stats, cache, num_keys = step.stats, step.cache, step.num_keys
+        if cache is None:
             return self._attend_pages(layer, q, step)
         pairs = rows * (2 * num_keys - rows + 1) // 2 * self.config.num_heads
         if step.sparse:
-            out, attended = self._attend_sparse(layer, q, rows, num_keys, step)
+            out, attended = self._attend_sparse(layer, q, rows, cache, step)
             stats.count(attended, pairs)
         elif rows <= DECODE_ROWS and step.lse is None:
             out = self._attend_pages(layer, q.last(rows), step)
             stats.count(pairs, pairs)
         else:
-            k, v = step.cache.workspace(layer, num_keys)
+            k, v = cache.workspace(layer, num_keys)
             stats.lap("cache")
             out, lse = q.last(rows).attend_dense(k, v, step.scale)
             if step.lse is not None:
@@ -507,12 +521,14 @@ class Qwen2Model:
         stats.lap("attention")
         return out
 
-    def _attend_sparse(self, layer: int, q: Queries, rows: int, num_keys: int, step: _Step) -> tuple[Tensor, Tensor]:
+    def _attend_sparse(
+        self, layer: int, q: Queries, rows: int, cache: PagedKVCache, step: _Step
+    ) -> tuple[Tensor, Tensor]:
         """Vertical-slash attention with freshly chosen indexes, and how many pairs each head attended."""
         sparse = self.config.sparse
         if sparse is None:
             raise ValueError("forward: sparse needs budgets, and this model has none")
-        k, v = step.cache.workspace(layer, num_keys)
+        k, v = cache.workspace(layer, step.num_keys)
         step.stats.lap("cache")
         columns, distances = sparse.vertical_sizes[layer], sparse.slash_sizes[layer]
         if sparse.coverage is None:
@@ -532,7 +548,7 @@ class Qwen2Model:
 
     def _attend_pages(self, layer: int, q: Queries, step: _Step) -> Tensor:
         """Dense attention of a few rows per sequence, read from the pages."""
-        cache, pages = step.cache, step.cache.pages(layer)
+        pages = step.pool.pages(layer)
         batch = step.block_table.shape[0]
 
         def by_sequence(rows: Tensor) -> Tensor:
@@ -551,7 +567,7 @@ class Qwen2Model:
             chunk_len=q.chunk_len,
             softmax_scale=step.scale,
             scale_factors=step.scale_factors,
-            **cache.bias_arguments(layer),
+            **step.pool.bias_arguments(layer),
         )
         return cast(Tensor, out).flatten(0, 1)
 
