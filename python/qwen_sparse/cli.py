@@ -1,4 +1,4 @@
-"""The ``qwen-sparse`` command: ``generate``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
+"""The ``qwen-sparse`` command: ``generate``, ``serve``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-sparse {version('qwen-sparse')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
+    _add_serve(commands.add_parser("serve", help="answer OpenAI's API over HTTP"), chosen == "serve")
     _add_calibrate(commands.add_parser("calibrate", help="search the sparse budgets of a checkpoint"))
     _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
     _add_eval(commands.add_parser("eval", help="measure accuracy and perplexity at each length"), chosen == "eval")
@@ -157,6 +158,20 @@ def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Se
     if model.max_seq_len is None:
         raise ValueError("--truncate needs --max-seq-len: this model has no limit of its own")
     return truncate_prompt(tokens, model.max_seq_len - args.max_new_tokens, keep=args.truncate)
+
+
+def _add_serve(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    parser.set_defaults(run=_run_serve)
+    if chosen:
+        from .serve import command
+
+        command.add_arguments(parser)
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    from .serve import command
+
+    return command.run(args)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:

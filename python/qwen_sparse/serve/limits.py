@@ -44,7 +44,7 @@ class BodyLimits:
 
     @classmethod
     def of_length(cls, max_model_len: int, *, seconds: float = 120.0) -> BodyLimits:
-        """For prompts of up to so many tokens: 32 bytes for each (text has about four, of which JSON may make 24), and as
+        """For prompts of so many tokens: 32 bytes for each (text has about four, of which JSON may make 24), and as
         many values, for prompts of token ids.
         """
         max_bytes = 2**20 + 32 * max_model_len

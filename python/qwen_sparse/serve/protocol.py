@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     PlainValidator,
     ValidationError,
@@ -82,7 +81,7 @@ def _text_content(value: object) -> str:
     for number, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise PydanticCustomError(
-                "unsupported_part", f"part {number} must be of type 'text': others are not supported"
+                "unsupported_part", f"part {number} must be of type 'text', the only one supported"
             )
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise PydanticCustomError("text_part", f"part {number} must have the keys 'type' and 'text', a string")
@@ -207,8 +206,7 @@ class Parameters(_Model):
     seed: Annotated[Integer, Field(ge=-_INT64, le=_INT64 - 1)] | None = None
     stop: StopStrings | None = None
     stop_token_ids: (
-        Annotated[list[Annotated[Integer, Field(ge=0, le=2**31 - 1)]], FailFast(), Field(max_length=_MAX_STOP_TOKENS)]
-        | None
+        Annotated[list[Annotated[Integer, Field(ge=0, le=2**31 - 1)]], Field(max_length=_MAX_STOP_TOKENS)] | None
     ) = Field(default=None, description="Tokens that end the text besides the model's.")
     ignore_eos: bool | None = Field(default=None, description="Go on behind the model's end-of-sequence tokens.")
 
@@ -249,7 +247,7 @@ class Parameters(_Model):
 class ChatRequest(Parameters):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -355,7 +353,8 @@ def _refusal(error: ErrorDetails) -> ApiError:
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     if param is None:
         return ApiError(400, text if kind in _OWN_RULES else f"the body {text.removeprefix('input ')}{got}", code=code)
-    return ApiError(400, f"{param} {text.removeprefix('input ')}{got}", param=param, code=code)
+    rule = text.removeprefix("input ") if text.startswith(("input ", "must ", "part ")) else f": {text}"
+    return ApiError(400, f"{param} {rule}{got}".replace(" :", ":", 1), param=param, code=code)
 
 
 _OWN_RULES = ("needs_stream", "needs_logprobs", "two_limits")

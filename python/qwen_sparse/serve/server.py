@@ -36,6 +36,14 @@ class Server(uvicorn.Server):
     """Drains after the first SIGINT or SIGTERM, and stops at once after the second."""
 
     first_signal: int | None = None
+    ready: str | None = None
+    """What to print once requests are taken."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.ready is not None:
+            print(f"qwen-sparse serve: {self.ready}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
@@ -59,6 +67,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let requests end; once forced, cut connections, which the event loop would wait for."""
+        if self.ready is not None:
+            print(
+                "qwen-sparse serve: answering what was asked, then stopping; another signal stops at once", flush=True
+            )
         cutting = asyncio.create_task(self._cut_when_forced())
         try:
             await super().shutdown(sockets)
