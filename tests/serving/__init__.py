@@ -119,6 +119,8 @@ class Live:
     port: int
     records: list[dict[str, Any]]
     server: Any
+    recording: bool = True
+    """Whether ``records`` are kept."""
 
     @property
     def url(self) -> str:
@@ -139,9 +141,12 @@ class Live:
             given = {"Content-Type": "application/json"} if data is not None else {}
             connection.request(method, path, data, {**given, **(headers or {})})
             response = connection.getresponse()
-            return response.status, {key.lower(): value for key, value in response.getheaders()}, response.read()
+            answer = response.status, {key.lower(): value for key, value in response.getheaders()}, response.read()
         finally:
             connection.close()
+        if self.recording:
+            eventually(lambda: any(record["id"] == answer[1]["x-request-id"] for record in self.records), "a record")
+        return answer
 
     def json(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         """Status and parsed body."""
@@ -171,7 +176,7 @@ def live_server(engine: Any, **settings: Any) -> Iterator[Live]:
     thread.start()
     try:
         eventually(lambda: server.started, "the server starts")
-        yield Live(listening.getsockname()[1], records, server)
+        yield Live(listening.getsockname()[1], records, server, recording="write_record" not in settings)
     finally:
         server.should_exit = server.force_exit = True
         thread.join(WAIT)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,7 +84,6 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=api.lifespan,
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_error},
         middleware=_middleware(engine, settings),
     )
@@ -177,12 +175,6 @@ class _Api:
         parts = (__version__, settings.served_names[0], model.dtype, model.kv_cache_dtype, model.attention)
         self._fingerprint = f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="qwen_sparse prepare")
-
-    @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Ends the threads with the application."""
-        yield
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""

@@ -181,7 +181,7 @@ def make_server(app: FastAPI) -> Server:
             http=Connection,
             ws="none",
             loop="asyncio",
-            lifespan="on",
+            lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
