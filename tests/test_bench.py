@@ -22,6 +22,7 @@ from qwen_sparse.reference import vertical_slash_mask
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
+import bench_serve  # noqa: E402
 import flashinfer_peer  # noqa: E402
 from bench_attention import block_attention  # noqa: E402
 from bench_million import linear_flop  # noqa: E402
@@ -427,3 +428,18 @@ def test_labels_are_spread() -> None:
     assert spread([1.0, 1.0, 1.0, 9.0], 1.0) == [0.0, 1.0, 2.0, 9.0]
     moved = spread([0.0, 0.1, 0.9, 1.0, 1.05], 1.0)
     assert all(b - a >= 1.0 - 1e-9 for a, b in itertools.pairwise(moved))
+
+
+def test_bench_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "serve.json"
+    sizes = {"--document": 1000, "--chunk-tokens": 128, "--prompt": 100, "--new-tokens": 8, "--output": output}
+    options = [str(part) for option in sizes.items() for part in option]
+    monkeypatch.setattr("sys.argv", ["bench_serve.py", "--shape", "tiny", "--batches", "1", "3", *options])
+    bench_serve.main()
+    decode_1, decode_3, cold, second, alone, beside = json.loads(output.read_text())["rows"]
+    assert decode_1["tokens"] > 8 - 2
+    assert decode_3["tokens"] > 3 * (8 - 2)
+    assert (cold["cached_tokens"], second["cached_tokens"]) == (0, 1000 // 128 * 128)
+    assert cold["prompt_tokens"] == second["prompt_tokens"] == 1064
+    assert alone["gaps"] == 32
+    assert beside["gaps"] >= 1000 // 128

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 from conftest import byte_tokenizer
 from qwen_sparse import Tokenizer
@@ -45,6 +45,38 @@ def test_special_tokens(directory: Path) -> None:
     assert tokenizer.encode("a<|im_end|>") == [ord("a"), 258]
     assert tokenizer.decode([ord("a"), 258]) == "a"
     assert tokenizer.decode([ord("a"), 258], skip_special_tokens=False) == "a<|im_end|>"
+
+
+def test_text_that_is_none(directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"text must be Unicode, got 'a\\udcff': lone surrogates"):
+        Tokenizer.from_directory(directory).encode("a\udcff")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", [""]),
+        ("plain", ["plain"]),
+        ("<|im_start|>user\nHi<|im_end|>\n", ["<|im_start|>user\nHi", "<|im_end|>\n"]),
+        ("a <|im_end|><|im_end|> b", ["a ", "<|im_end|>", "<|im_end|> b"]),
+        ("<|im_end|>_longer<|im", ["<|im_end|>_longer<|im"]),
+    ],
+)
+def test_parts(text: str, parts: list[str]) -> None:
+    backend = byte_tokenizer()
+    backend.add_special_tokens(["<|im_end|>_longer"])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.parts(text) == parts
+    assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "single_word", "normalized"])
+def test_text_that_cannot_be_cut(flag: str) -> None:
+    backend = byte_tokenizer()
+    backend.add_tokens([AddedToken("<tool>", **{"normalized": False, flag: True})])
+    text = "a <tool> b<|im_end|>c"
+    assert Tokenizer(backend).parts(text) == [text]
+    assert Tokenizer(byte_tokenizer()).parts(text) == ["a <tool> b", "<|im_end|>c"]
 
 
 @pytest.mark.parametrize("place", ["string", "list", "file"])

@@ -1,4 +1,4 @@
-"""The ``qwen-sparse`` command: ``generate``, ``serve``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
+"""The ``qwen-sparse`` command: ``generate``, ``chat``, ``serve``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-sparse {version('qwen-sparse')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
+    _add_chat(commands.add_parser("chat", help="ask questions about documents in the terminal"))
     _add_serve(commands.add_parser("serve", help="answer OpenAI's API over HTTP"), chosen == "serve")
     _add_calibrate(commands.add_parser("calibrate", help="search the sparse budgets of a checkpoint"))
     _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
@@ -69,14 +71,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--truncate", choices=("head", "tail", "both"), help="what to keep of a prompt over --max-seq-len"
     )
+    _add_sampling(parser, max_new_tokens=256)
+    _add_engine(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to generate (256)")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help=f"most tokens to generate ({max_new_tokens})"
+    )
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus probability (1: all)")
     sampling.add_argument("--top-k", type=int, default=0, help="most likely tokens to draw from (0: all)")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
     sampling.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     sampling.add_argument("--seed", type=int, help="repeat a sampled output")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     attention = engine.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
@@ -105,11 +117,20 @@ def _run_generate(args: argparse.Namespace) -> int:
     text = _prompt_text(args.prompt, args.file)
     if args.system is not None and not args.chat:
         raise ValueError("--system goes with --chat")
+    model = _load(args)
+    for piece in generate_text(model, _prompt_tokens(model, text, args), **_generation_options(args)):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Qwen2Model:
+    """The model, by the engine's arguments."""
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be >= 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    model = load_model(
+    return load_model(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -118,23 +139,20 @@ def _run_generate(args: argparse.Namespace) -> int:
         attention=args.attention or "auto",
         coverage=args.coverage,
     )
-    pieces = generate_text(
-        model,
-        _prompt_tokens(model, text, args),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        repetition_penalty=args.repetition_penalty,
-        stop=args.stop,
-        seed=args.seed,
-        chunk_tokens=args.chunk_tokens,
-        progress=sys.stderr.isatty() if args.progress is None else args.progress,
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-    return 0
+
+
+def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty,
+        "stop": args.stop,
+        "seed": args.seed,
+        "chunk_tokens": args.chunk_tokens,
+        "progress": sys.stderr.isatty() if args.progress is None else args.progress,
+    }
 
 
 def _prompt_text(prompt: str | None, file: str | None) -> str:
@@ -158,6 +176,25 @@ def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Se
     if model.max_seq_len is None:
         raise ValueError("--truncate needs --max-seq-len: this model has no limit of its own")
     return truncate_prompt(tokens, model.max_seq_len - args.max_new_tokens, keep=args.truncate)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_chat)
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id, with a chat template")
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="DOC", help="text or PDF file to ask about; may be repeated"
+    )
+    parser.add_argument("--system", help="system message")
+    _add_sampling(parser, max_new_tokens=1024)
+    _add_engine(parser)
+
+
+def _run_chat(args: argparse.Namespace) -> int:
+    from . import chat
+    from .documents import read_document
+
+    documents = [read_document(file) for file in args.file]
+    return chat.run(_load(args), documents, system=args.system, **_generation_options(args))
 
 
 def _add_serve(parser: argparse.ArgumentParser, chosen: bool) -> None:

@@ -16,7 +16,7 @@ from .prefill import check_request, prefill, token_tensor
 from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["StopStrings", "generate", "generate_text", "truncate_prompt"]
+__all__ = ["StopStrings", "generate", "generate_text", "stream_text", "truncate_prompt"]
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
     cache: PagedKVCache | None = None,
+    cached_ids: Sequence[int] | Tensor = (),
     chunk_tokens: int | None = None,
     progress: bool = False,
     tokenizer: Tokenizer | None = None,
@@ -82,7 +83,7 @@ def generate(
         input_ids: the prompt, or what follows the tokens in ``cache``.
         max_new_tokens: most tokens to yield.
         temperature, top_p, top_k, repetition_penalty, seed: see :class:`Sampler`; greedy by default. The
-            penalty counts the tokens of this call, not those already cached.
+            penalty counts the tokens of this call and ``cached_ids``.
         stop: strings that end the output. Tokens are yielded up to the one that completes the string; for
             text cut exactly before it, use :func:`generate_text`.
         stop_token_ids: tokens that end the output and are not yielded; None for the model's EOS tokens, ()
@@ -90,6 +91,7 @@ def generate(
         cache: continue this cache. Afterwards it holds the prompt and all yielded tokens but the last, which
             no later token needed: start the next turn's ``input_ids`` with it. So it does between two tokens and
             when the iterator is left early; it must not be changed before.
+        cached_ids: tokens of ``cache`` that the repetition penalty counts.
         chunk_tokens, progress: see :func:`qwen_sparse.prefill`.
         tokenizer: to match ``stop``; ``model.tokenizer`` when None.
         cuda_graph: on a GPU, capture the decode step in a CUDA graph and replay it for every token (see
@@ -119,6 +121,7 @@ def generate(
         chunk_tokens=default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens,
         max_new_tokens=max_new_tokens,
     )
+    penalised = tokens if len(cached_ids) == 0 else torch.cat((token_tensor(model, cached_ids), tokens))
     ends = frozenset(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
     text = _StoppingText(model.tokenizer if tokenizer is None else tokenizer, stop) if stop else None
     cache = model.new_cache() if cache is None else cache
@@ -127,7 +130,7 @@ def generate(
         cache.reserve(cache.seqlen + tokens.shape[0] + max_new_tokens)
         logits = prefill(model, tokens, chunk_tokens=chunk_tokens, cache=cache, progress=progress).logits
         seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
-        seen[0, tokens] = True
+        seen[0, penalised] = True
         for token in decode(
             model,
             cache,
@@ -158,6 +161,7 @@ def generate_text(
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
     cache: PagedKVCache | None = None,
+    cached_ids: Sequence[int] | Tensor = (),
     chunk_tokens: int | None = None,
     progress: bool = False,
     tokenizer: Tokenizer | None = None,
@@ -172,7 +176,7 @@ def generate_text(
         prompt: text, or tokens.
         model, max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, stop_token_ids, seed: see
             :func:`generate`.
-        cache, chunk_tokens, progress, tokenizer, cuda_graph: see :func:`generate`.
+        cache, cached_ids, chunk_tokens, progress, tokenizer, cuda_graph: see :func:`generate`.
 
     Raises:
         FileNotFoundError: no tokenizer was given and the model has none.
@@ -191,15 +195,18 @@ def generate_text(
         stop_token_ids=stop_token_ids,
         seed=seed,
         cache=cache,
+        cached_ids=cached_ids,
         chunk_tokens=chunk_tokens,
         progress=progress,
         tokenizer=tokenizer,
         cuda_graph=cuda_graph,
     )
-    return _stream_text(tokens, StreamDecoder(tokenizer), StopStrings(_stop_strings(stop)))
+    return stream_text(tokens, tokenizer, stop)
 
 
-def _stream_text(tokens: Iterator[int], decoder: StreamDecoder, stopper: StopStrings) -> Iterator[str]:
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> Iterator[str]:
+    """The text of :func:`generate`'s tokens, piece by piece; arguments as of :func:`generate_text`."""
+    decoder, stopper = StreamDecoder(tokenizer), StopStrings(_stop_strings(stop))
     for token in tokens:
         if piece := stopper.push(decoder.push(token)):
             yield piece

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -90,8 +91,34 @@ class Tokenizer:
 
         ``add_special_tokens`` also adds those that the tokenizer's post-processor puts around a text. Other threads run
         meanwhile: unlike ``encode``, ``encode_batch_fast`` releases the interpreter's lock, and it leaves out offsets.
+
+        Raises:
+            ValueError: ``text`` holds lone surrogates, which are no text.
         """
-        return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        try:
+            return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        except TypeError as error:
+            raise ValueError(f"text must be Unicode, got {text[:80]!a}: lone surrogates, or no string") from error
+
+    def parts(self, text: str) -> list[str]:
+        """``text`` cut in front of every added token (``<|im_start|>`` and the like) that it spells out.
+
+        Added tokens are found before anything else is done to a text, so that the tokens of the parts, one after the
+        other, are those of the text. Where an added token takes in what stands around it or is looked for in normalised
+        text, that does not hold, and ``text`` is its only part.
+        """
+        if self._added is None:
+            return [text]
+        starts = [match.start() for match in self._added.finditer(text) if match.start()]
+        return [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        """Matches added tokens, the longest where several begin; None: texts cannot be cut at them."""
+        tokens = self.backend.get_added_tokens_decoder().values()
+        if not tokens or any(token.lstrip or token.single_word or token.normalized for token in tokens):
+            return None
+        return re.compile("|".join(re.escape(text) for text in sorted((t.content for t in tokens), key=len)[::-1]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD."""

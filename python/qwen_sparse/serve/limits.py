@@ -23,6 +23,7 @@ BODY = "qwen_sparse.body"
 """Key of the scope where a request's :class:`Body` is."""
 
 MAX_DEPTH = 16
+_FREE_BYTES = 2**18
 _MAX_NUMBER_LENGTH = 64
 _MAX_KEYS = 65536
 _NUMBER_TOO_LONG = re.compile(rb"[0-9eE+.\-]{%d}" % (_MAX_NUMBER_LENGTH + 1))
@@ -38,7 +39,7 @@ class BodyLimits:
     max_values: int
     """JSON values of one body."""
     max_held: int
-    """Bytes of all bodies that are held at the same time."""
+    """Bytes that all bodies together hold beyond the first 256 KiB of each: short requests get in beside long ones."""
     seconds: float
     """For one body to arrive."""
 
@@ -110,19 +111,23 @@ class Body:
     """A request's body, counted as long as it is held."""
 
     def __init__(self, limiter: LimitBodies) -> None:
-        self._limiter = limiter
+        self._limiter, self._counted = limiter, 0
         self.data = bytearray()
 
-    def append(self, chunk: bytes) -> int:
-        """Hold more; returns the bytes of this body."""
+    def append(self, chunk: bytes) -> None:
+        """Hold more."""
         self.data += chunk
-        self._limiter.held += len(chunk)
-        return len(self.data)
+        self._count(len(self.data))
 
     def release(self) -> None:
         """Forget it; may be called again."""
-        self._limiter.held -= len(self.data)
         self.data = bytearray()
+        self._count(0)
+
+    def _count(self, size: int) -> None:
+        counted = max(size - _FREE_BYTES, 0)
+        self._limiter.held += counted - self._counted
+        self._counted = counted
 
 
 class LimitBodies:
@@ -131,7 +136,7 @@ class LimitBodies:
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self._app, self._limits = app, limits
         self.held = 0
-        """Bytes of all bodies that are held now."""
+        """Bytes of bodies that count, now."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its whole body, or answer it."""
@@ -174,9 +179,10 @@ class LimitBodies:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return False
-            if body.append(message.get("body", b"")) > self._limits.max_bytes:
+            body.append(message.get("body", b""))
+            if len(body.data) > self._limits.max_bytes:
                 raise self._too_large()
-            if self.held > self._limits.max_held:
+            if self.held > self._limits.max_held and len(body.data) > _FREE_BYTES:
                 rule = "too many large requests at the same time"
                 raise ApiError(503, rule, code="overloaded", headers={"Retry-After": "5"})
             if not message.get("more_body", False):
