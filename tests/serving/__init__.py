@@ -30,7 +30,7 @@ def passkey_model() -> Qwen2Model:
     return load_passkey_model().with_options(attention="dense")
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
+def eventually(condition: Callable[[], object], what: object) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + WAIT
     while not condition():
