@@ -230,7 +230,14 @@ def test_a_template_may_refuse() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "tokens"),
-    [("ab", [97, 98]), ([97, 98], [97, 98]), (["ab"], [97, 98]), ([[97, 98]], [97, 98]), ("\x00", [0])],
+    [
+        ("ab", [97, 98]),
+        ([97, 98], [97, 98]),
+        ([97.0, 98], [97, 98]),
+        (["ab"], [97, 98]),
+        ([[97, 98]], [97, 98]),
+        ("\x00", [0]),
+    ],
 )
 def test_forms_of_a_prompt(prompt: object, tokens: list[int]) -> None:
     made = generation_request(parse_completion(prompt=prompt), tokenizer(), (256,), SamplingDefaults())

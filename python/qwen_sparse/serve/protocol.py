@@ -99,6 +99,8 @@ def _prompt(value: object) -> str | list[int]:
         raise PydanticCustomError("prompt_type", "must be a string or a list of token ids")
     if value and all(isinstance(part, (str, list)) for part in value):
         raise PydanticCustomError("several_prompts", f"must be one prompt, got {len(value)}: send a request for each")
+    if not all(type(token) is int for token in value):  # not bool, which is an int to Python
+        value = [_whole(token) for token in value]
     if not all(type(token) is int and 0 <= token < 2**31 for token in value):
         raise PydanticCustomError("token_ids", "must be a string or a list of token ids, integers >= 0")
     if not value:
@@ -114,10 +116,10 @@ _PART_SCHEMA = {
     "additionalProperties": False,
 }
 
-Integer = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
 Zero = Annotated[float, Field(ge=0, le=0)]
-One = Annotated[Integer, Field(ge=1, le=1)]
-NewTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+One = Annotated[int, Field(ge=1, le=1), WHOLE]
+NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
 StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     list[StopString],
@@ -201,12 +203,12 @@ class Parameters(_Model):
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None = Field(default=None, description="0 or -1: all.")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = Field(default=None, description="0 or -1: all.")
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    seed: Annotated[Integer, Field(ge=-_INT64, le=_INT64 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1), WHOLE] | None = None
     stop: StopStrings | None = None
     stop_token_ids: (
-        Annotated[list[Annotated[Integer, Field(ge=0, le=2**31 - 1)]], Field(max_length=_MAX_STOP_TOKENS)] | None
+        Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]], Field(max_length=_MAX_STOP_TOKENS)] | None
     ) = Field(default=None, description="Tokens that end the text besides the model's.")
     ignore_eos: bool | None = Field(default=None, description="Go on behind the model's end-of-sequence tokens.")
 
@@ -225,7 +227,7 @@ class Parameters(_Model):
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     min_p: Zero | None = None
-    min_tokens: Annotated[Integer, Field(ge=0, le=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     skip_special_tokens: Literal[True] | None = None
     include_stop_str_in_output: Literal[False] | None = None
     prompt_logprobs: None = None
@@ -250,7 +252,7 @@ class ChatRequest(Parameters):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
 
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -292,7 +294,7 @@ class CompletionRequest(Parameters):
     """The body of ``POST /v1/completions``."""
 
     prompt: Prompt
-    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
 
     best_of: One | None = None
     echo: Literal[False] | None = None
