@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu-suite/results}
 SITE=$PWD/build/gpu-suite/site
-STEPS=(build check_sass run_tests check_memory bench_attention bench_flex bench_selection bench_decode bench_prefill)
+STEPS=(build check_sass run_tests check_memory bench_attention bench_flex bench_selection bench_decode bench_prefill bench_serve)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
 declare -A SECONDS_OF=([bench_flex]=100)  # compiling may take much longer than measuring
 mkdir -p "$OUT" build/gpu-suite
@@ -84,6 +84,11 @@ bench_decode() {
 bench_prefill() {
   "$PYTHON" bench/bench_prefill.py --device cuda --shape 7b --layers 4 --seqlens 16384 131072 --chunk-tokens 32768 \
     --density 0.08 --repeats 3 --output "$OUT/prefill.json"
+}
+
+bench_serve() {
+  "$PYTHON" bench/bench_serve.py --device cuda --shape 7b --document 131072 --chunk-tokens 8192 --new-tokens 256 \
+    --output "$OUT/serve.json"
 }
 
 export -f "${STEPS[@]}"
