@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,68 +21,17 @@ from conftest import WriteCheckpoint
 from qwen_sparse.cli import main
 from qwen_sparse.serve import command
 from qwen_sparse.serve.server import bind
-from serving import CHAT, WAIT, chat, eventually, passkey_model
+from serving import CHAT, chat, eventually, passkey_model
+from serving.process import Process, serving_process
 
 MODEL = str(passkey_model().path)
 OPTIONS = ["--port", "0", "--max-model-len", "4096", "--max-num-batched-tokens", "256"]
 
 
-class Process:
-    """A server of its own, its output line by line."""
-
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_sparse.cli", "serve", "--model", MODEL, *OPTIONS, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        self.out: list[str] = []
-        self.err: list[str] = []
-        self.readers = [
-            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
-            for stream, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err))
-        ]
-        for reader in self.readers:
-            reader.start()
-
-    @staticmethod
-    def _read(stream: Any, lines: list[str]) -> None:
-        for line in stream:
-            lines.append(line.rstrip("\n"))
-
-    def ready(self) -> tuple[str, int]:
-        """Host and port, once it takes requests."""
-        deadline = time.monotonic() + 120
-        while not self.out:
-            assert self.process.poll() is None, self.err
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        found = re.match(r"qwen-sparse serve: ready at http://([\d.]+):(\d+)/v1: ", self.out[0])
-        assert found is not None, self.out
-        return found[1], int(found[2])
-
-    def wait(self) -> int:
-        """The exit code."""
-        code = self.process.wait(WAIT)
-        for reader in self.readers:
-            reader.join(WAIT)
-        return code
-
-    def records(self) -> list[dict[str, Any]]:
-        """What it logged."""
-        return [json.loads(line) for line in self.err if line.startswith("{")]
-
-
 @contextlib.contextmanager
 def running(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Process]:
-    started = Process(*arguments, environment=environment)
-    try:
+    with serving_process("--model", MODEL, *OPTIONS, *arguments, environment=environment) as started:
         yield started
-    finally:
-        started.process.kill()
-        started.process.wait()
 
 
 def ask(process: Process, body: Any, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
@@ -131,11 +77,29 @@ def test_a_second_signal_stops_at_once(first: signal.Signals) -> None:
         assert not any("Traceback" in line for line in server.err)
 
 
+def test_a_second_signal_does_not_wait_for_a_prefill_chunk() -> None:
+    """Dense attention over 60000 tokens in one chunk: seconds in which the engine cannot be interrupted."""
+    options = ["--max-model-len", "65536", "--max-num-batched-tokens", "65536", "--dense", "--dtype", "float32"]
+    with running(*options) as server:
+        answer = ask(server, chat("x" * 60000, stream=True))
+        assert answer.read(10)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: len(server.out) == 2, "it says that it stops")
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - started < 3
+        (record,) = server.records()
+        assert record["error"] in ("cancelled", "client_gone")
+        assert len(server.err) == 1
+
+
 def test_a_key_from_the_environment() -> None:
     with running("--host", "0.0.0.0", environment={command.API_KEY_VARIABLE: "secret"}) as server:
         assert ask(server, chat()).status == 401
         assert ask(server, chat(max_tokens=1), {"Authorization": "Bearer secret"}).status == 200
-        assert [record["status"] for record in server.records()] == [401, 200]
+        eventually(lambda: [record["status"] for record in server.records()] == [401, 200], "both are logged")
         assert not any("secret" in line for line in (*server.out, *server.err))
 
 

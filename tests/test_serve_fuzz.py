@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from serving import CHAT, COMPLETIONS, Live, live_server, running_engine
+from qwen_sparse.serve.responses import ChatChunk, Completion
+from serving import CHAT, COMPLETIONS, Live, events_of, live_server, running_engine
 
 pytestmark = pytest.mark.slow
 HEADERS = {"Authorization": "Bearer key"}
 OPERATIONS = [
-    ("POST", CHAT, 250),
-    ("POST", COMPLETIONS, 250),
+    ("POST", CHAT, 150),
+    ("POST", COMPLETIONS, 150),
     ("GET", "/v1/models", 5),
     ("GET", "/v1/models/{model}", 50),
     ("GET", "/health", 5),
@@ -65,6 +66,11 @@ def fuzz(document: Any, mode: GenerationMode, method: str, path: str, examples: 
     def send(case: Case) -> None:
         response = case.call_and_validate(headers=HEADERS, excluded_checks=[positive_data_acceptance])
         seen[response.status_code] += 1
+        if response.headers["content-type"][0].startswith("text/event-stream"):
+            *chunks, end = events_of(response.content)
+            assert end == "[DONE]"
+            for chunk in chunks:
+                (ChatChunk if path == CHAT else Completion).model_validate(chunk, strict=True, extra="forbid")
         if mode == GenerationMode.POSITIVE and response.status_code == 400:
             assert BEYOND_SCHEMAS.search(response.json()["error"]["message"])
 

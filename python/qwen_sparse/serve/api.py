@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -215,29 +216,27 @@ class _Api:
         param: str,
     ) -> Response:
         record: Record = request.scope[RECORD]
+        body: Body = request.scope[BODY]
         generation = Generation(self._engine, self._metrics, record)
-        streaming = False
-        try:
-            body: Body = request.scope[BODY]
-            work = self._in_thread(lambda: self._submit(generation, kind, body.data, param))
-            parameters = await until_disconnect(request.receive, work)
-            body.release()
-            streaming = record.stream = bool(parameters.stream)
-            writer = writer_class(
-                record.id, self._settings.served_names[0], self._fingerprint, self._tokenizer, parameters.include_usage
-            )
-            if streaming:
-                progress = bool(parameters.return_progress)
-                return _EventStream(generation, writer, record, progress, self._settings.keep_alive)
-            return Response(
-                await until_disconnect(request.receive, _collect(generation, writer)), media_type="application/json"
-            )
-        except ClientGoneError:
-            record.error = "client_gone"
-            return _NoResponse()
-        finally:
-            if not streaming:
-                await generation.close()
+        async with AsyncExitStack() as closing:
+            await closing.enter_async_context(generation.closing())
+            try:
+                work = self._in_thread(lambda: self._submit(generation, kind, body.data, param))
+                parameters = await until_disconnect(request.receive, work)
+                body.release()
+                record.stream = bool(parameters.stream)
+                name, usage = self._settings.served_names[0], parameters.include_usage
+                writer = writer_class(record.id, name, self._fingerprint, self._tokenizer, usage)
+                if record.stream:
+                    progress = bool(parameters.return_progress)
+                    return _EventStream(
+                        generation, closing.pop_all(), writer, record, progress, self._settings.keep_alive
+                    )
+                answer = await until_disconnect(request.receive, _collect(generation, writer))
+            except ClientGoneError:
+                record.error = "client_gone"
+                return _NoResponse()
+        return Response(answer, media_type="application/json")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -281,21 +280,26 @@ class _EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, generation: Generation, writer: Writer, record: Record, progress: bool, keep_alive: float
+        self,
+        generation: Generation,
+        closing: AsyncExitStack,
+        writer: Writer,
+        record: Record,
+        progress: bool,
+        keep_alive: float,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._generation, self._writer, self._record = generation, writer, record
+        self._generation, self._closing, self._writer, self._record = generation, closing, writer, record
         self._progress, self._keep_alive = progress, keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
-        try:
-            await until_disconnect(receive, self._send(send))
-        except ClientGoneError:
-            self._record.error = "client_gone"
-        finally:
-            await self._generation.close()
+        async with self._closing:
+            try:
+                await until_disconnect(receive, self._send(send))
+            except ClientGoneError:
+                self._record.error = "client_gone"
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -355,12 +359,15 @@ def _refusals(statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
+
 def _either(whole: type[ChatCompletion] | type[Completion]) -> dict[str, Any]:
     chunk = "ChatChunk" if whole is ChatCompletion else "Completion"
     return {
         "model": whole,
         "description": f"The answer; with stream = true, events of data: a {chunk} each, and data: [DONE] in the end",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 
 

@@ -131,11 +131,12 @@ def _serve(
     server = make_server(create_app(engine, settings))
     server.ready = f"ready at {_url(listening)}/v1: {names[0]}, up to {engine.max_model_len} tokens"
     engine.start()
-    try:
-        server.run(sockets=[listening])
-    finally:
-        engine.shutdown(drain=not server.force_exit)
-    return 128 + (server.first_signal or 0) if server.force_exit else 0
+    server.run(sockets=[listening])
+    if server.force_exit:  # the engine is in the middle of a step, which may take long and cannot be interrupted
+        sys.stdout.flush()
+        os._exit(128 + (server.first_signal or 0))
+    engine.shutdown(drain=True)
+    return 0
 
 
 def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -151,8 +152,8 @@ async def _disconnected(receive: Receive) -> None:
 class Generation:
     """One request in the engine, as the event loop sees it.
 
-    Made in the event loop; :meth:`submit` may be called in another thread, and :meth:`close` must be called in the end,
-    whatever became of it.
+    Made in the event loop; :meth:`submit` may be called in another thread, and everything happens inside of
+    :meth:`closing`.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, record: Record) -> None:
@@ -197,8 +198,22 @@ class Generation:
             if self._handle is not None:
                 self._handle.cancel()
 
-    async def close(self) -> None:
-        """Give the request up unless it has ended, and wait for its end: then its pages are free and it is recorded."""
+    @asynccontextmanager
+    async def closing(self) -> AsyncIterator[None]:
+        """Around all that is done with it. At the end, the request is given up unless it has ended, and its end is
+        awaited: then its pages are free and it is recorded. Only when the server stops at once, nothing is awaited.
+        """
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except BaseException:
+            await self._end()
+            raise
+        await self._end()
+
+    async def _end(self) -> None:
         if not self._ended.is_set():
             self.cancel()
             if self._submitted:

@@ -7,7 +7,7 @@ value that changes nothing, and unknown ones are refused. The exceptions are hin
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -97,15 +97,14 @@ def _prompt(value: object) -> str | list[int]:
         return value
     if not isinstance(value, list):
         raise PydanticCustomError("prompt_type", "must be a string or a list of token ids")
-    if value and all(isinstance(part, (str, list)) for part in value):
-        raise PydanticCustomError("several_prompts", f"must be one prompt, got {len(value)}: send a request for each")
-    if not all(type(token) is int for token in value):  # not bool, which is an int to Python
-        value = [_whole(token) for token in value]
-    if not all(type(token) is int and 0 <= token < 2**31 for token in value):
-        raise PydanticCustomError("token_ids", "must be a string or a list of token ids, integers >= 0")
     if not value:
         raise PydanticCustomError("empty_prompt", "must have at least one token")
-    return value
+    if all(isinstance(part, (str, list)) for part in value):
+        raise PydanticCustomError("several_prompts", f"must be one prompt, got {len(value)}: send a request for each")
+    tokens = [token if type(token) is int else _whole(token) for token in value]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):  # a bool is an int to Python
+        raise PydanticCustomError("token_ids", "must be a string or a list of token ids, integers >= 0")
+    return cast(list[int], tokens)
 
 
 _TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}

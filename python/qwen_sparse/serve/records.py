@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -120,6 +121,9 @@ class RecordRequests:
 
         try:
             await self._app(scope, receive, named)
+        except asyncio.CancelledError:
+            record.error = "cancelled"
+            raise
         except Exception as error:
             started = record.status is not None
             record.error, record.where = type(error).__name__, stack_of(error)

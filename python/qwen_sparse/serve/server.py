@@ -174,7 +174,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def make_server(app: FastAPI) -> Server:
     """uvicorn for the application; hand it a bound socket."""
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # records say it, and without anybody's text
     return Server(
         uvicorn.Config(
             app,
