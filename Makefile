@@ -110,7 +110,7 @@ $(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.built
 	@echo "== development tools"
-	$(PIP) --no-build-isolation -e ".[dev,plot]"
+	$(PIP) --no-build-isolation -e ".[dev,plot,serve]"
 	@touch $@
 
 $(VENV)/.lm-eval: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""The ``qwen-sparse`` command: ``generate``, ``chat``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
+"""The ``qwen-sparse`` command: ``generate``, ``chat``, ``serve``, ``calibrate``, ``eval``, ``memory`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="stream text from a checkpoint"))
     _add_chat(commands.add_parser("chat", help="ask questions about documents in the terminal"))
+    _add_serve(commands.add_parser("serve", help="answer OpenAI's API over HTTP"), chosen == "serve")
     _add_calibrate(commands.add_parser("calibrate", help="search the sparse budgets of a checkpoint"))
     _add_memory(commands.add_parser("memory", help="print memory against context length and batch"))
     _add_eval(commands.add_parser("eval", help="measure accuracy and perplexity at each length"), chosen == "eval")
@@ -194,6 +195,20 @@ def _run_chat(args: argparse.Namespace) -> int:
 
     documents = [read_document(file) for file in args.file]
     return chat.run(_load(args), documents, system=args.system, **_generation_options(args))
+
+
+def _add_serve(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    parser.set_defaults(run=_run_serve)
+    if chosen:
+        from .serve import command
+
+        command.add_arguments(parser)
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    from .serve import command
+
+    return command.run(args)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:

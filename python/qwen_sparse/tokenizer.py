@@ -13,12 +13,23 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.sandbox
 import tokenizers
+from tokenizers import decoders
 
 from .config import read_json
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
 REPLACEMENT = "\ufffd"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's visible characters for all bytes, which byte-level tokens are spelled in, to the bytes."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -78,13 +89,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens spelled out in it become their ids.
 
-        ``add_special_tokens`` also adds those that the tokenizer's post-processor puts around a text.
+        ``add_special_tokens`` also adds those that the tokenizer's post-processor puts around a text. Other threads run
+        meanwhile: unlike ``encode``, ``encode_batch_fast`` releases the interpreter's lock, and it leaves out offsets.
 
         Raises:
             ValueError: ``text`` holds lone surrogates, which are no text.
         """
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError as error:
             raise ValueError(f"text must be Unicode, got {text[:80]!a}: lone surrogates, or no string") from error
 
@@ -112,6 +124,26 @@ class Tokenizer:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; a special token's are its name."""
+        name = self.backend.id_to_token(token_id)
+        if name is None:
+            return b""
+        if self._is_byte_level and token_id not in self._added_ids:
+            return bytes(_BYTE_OF[character] for character in name)
+        return str(self.backend.decode([token_id], skip_special_tokens=False)).encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        alphabet = set(_BYTE_OF)
+        return isinstance(self.backend.decoder, decoders.ByteLevel) and all(
+            set(name) <= alphabet for name in self.backend.get_vocab(with_added_tokens=False)
+        )
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -132,6 +164,18 @@ class Tokenizer:
         Example:
             >>> tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
         """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+                **variables,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja)")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -140,15 +184,7 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
         environment.filters["tojson"] = _tojson
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-                **variables,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error}") from error
+        return environment.from_string(self.chat_template)
 
 
 class StreamDecoder:

@@ -1,0 +1,197 @@
+"""``qwen-sparse serve``. Whatever can be refused is refused before the weights are read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig, parse_dtype
+from ..loader import load_model, resolve_device, resolve_directory
+from ..memory import available_memory
+from ..tokenizer import Tokenizer
+from .plan import EngineOptions, plan_pages
+
+__all__ = ["add_arguments", "run"]
+
+API_KEY_VARIABLE = "QWEN_SPARSE_API_KEY"
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``qwen-sparse serve``; the names are vLLM's where it has them."""
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    network.add_argument("--port", type=int, default=8000, help="8000; 0 takes a free one")
+    network.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"let in who sends it; may be repeated. The variable {API_KEY_VARIABLE} keeps it out of process lists",
+    )
+    network.add_argument(
+        "--allowed-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of web pages that may use the API (https://example.org), * for all; may be repeated",
+    )
+    network.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names for 'model' in requests (the hub id, or the directory's name)",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence, prompt and output")
+    engine.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="rows per prefill chunk")
+    engine.add_argument("--max-num-seqs", type=int, default=16, metavar="N", help="sequences at the same time (16)")
+    engine.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
+    engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
+    engine.add_argument("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
+    engine.add_argument(
+        "--memory-utilization", type=float, default=0.9, metavar="SHARE", help="of available memory to use (0.9)"
+    )
+    engine.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    attention = engine.add_mutually_exclusive_group()
+    attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
+    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    engine.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
+    engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    engine.add_argument("--threads", type=int, help="CPU threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal.
+
+    Returns:
+        0 after the first SIGINT or SIGTERM, when all requests have been answered; 128 + its number after the second.
+
+    Raises:
+        ValueError, OSError, MemoryError: why it cannot start.
+    """
+    for name in _NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"serving needs the packages of an extra: pip install 'qwen-sparse[serve]' ({error})"
+            ) from error
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    options = EngineOptions(
+        max_model_len=args.max_model_len,
+        chunk_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+        max_queue=args.max_queue,
+        kv_cache_memory=args.kv_cache_memory_bytes,
+        memory_utilization=args.memory_utilization,
+        prefix_caching=not args.no_prefix_caching,
+    )
+    keys = _api_keys(args.api_key)
+    names = _served_names(args.model, args.served_model_name)
+    listening = _bind(args.host, args.port, protected=bool(keys))
+    with listening:
+        _check_model(args, options)
+        return _serve(args, options, listening, keys, names)
+
+
+def _serve(
+    args: argparse.Namespace,
+    options: EngineOptions,
+    listening: socket.socket,
+    keys: tuple[str, ...],
+    names: tuple[str, ...],
+) -> int:
+    from .api import Settings, create_app
+    from .engine import Engine
+    from .server import make_server
+
+    model = load_model(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        attention=args.attention or "auto",
+        coverage=args.coverage,
+    )
+    engine = Engine(model, options)
+    settings = Settings(served_names=names, api_keys=keys, allowed_origins=tuple(args.allowed_origin))
+    server = make_server(create_app(engine, settings))
+    server.ready = f"ready at {_url(listening)}/v1: {names[0]}, up to {engine.max_model_len} tokens"
+    engine.start()
+    server.run(sockets=[listening])
+    if server.force_exit:  # the engine is in the middle of a step, which may take long and cannot be interrupted
+        sys.stdout.flush()
+        os._exit(128 + (server.first_signal or 0))
+    engine.shutdown(drain=True)
+    return 0
+
+
+def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:
+    """What would fail once the weights are loaded, and can be known before."""
+    from .generation import SamplingDefaults
+
+    directory = resolve_directory(args.model, files=("*.json", "*.jinja"))
+    config = ModelConfig.from_directory(directory)
+    if args.coverage is not None:
+        config = config.with_coverage(args.coverage)
+    Tokenizer.from_directory(directory)
+    SamplingDefaults.from_directory(directory)
+    dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
+    device = resolve_device(args.device, dtype)
+    plan_pages(
+        config,
+        options,
+        available=available_memory(device),
+        kv_cache_dtype=args.kv_cache_dtype,
+        dtype=dtype,
+        device=device,
+        weights_loaded=False,
+    )
+
+
+def _bind(host: str, port: int, *, protected: bool) -> socket.socket:
+    from .server import bind
+
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port must be in [0, 65535], got {port}")
+    listening = bind(host, port)
+    if not protected and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        print(
+            f"qwen-sparse serve: warning: anyone who reaches {_url(listening)} can use it: there is no --api-key",
+            file=sys.stderr,
+            flush=True,
+        )
+    return listening
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _api_keys(given: list[str]) -> tuple[str, ...]:
+    keys = [*given, *([os.environ[API_KEY_VARIABLE]] if API_KEY_VARIABLE in os.environ else [])]
+    if any(key.strip() != key or not key for key in keys):
+        raise ValueError(f"--api-key and {API_KEY_VARIABLE} must not be empty or have blanks around them")
+    return tuple(keys)
+
+
+def _served_names(model: str, given: list[str] | None) -> tuple[str, ...]:
+    if given is None:
+        return (Path(model).resolve().name if Path(model).is_dir() else model,)
+    if not all(given):
+        raise ValueError("--served-model-name must not be empty")
+    return tuple(given)

@@ -1,0 +1,269 @@
+"""Between the engine's thread and the event loop: one request, from its body to its last event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.types import Receive
+
+from ..config import read_json
+from ..sampling import Sampler
+from ..tokenizer import Tokenizer
+from .errors import ApiError
+from .metrics import Metrics
+from .protocol import ChatRequest, CompletionRequest
+from .records import Record
+from .requests import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    NewToken,
+    QueueFullError,
+    ShuttingDownError,
+    TooLongError,
+)
+
+if TYPE_CHECKING:
+    from .engine import Engine, RequestHandle
+
+__all__ = [
+    "ClientGoneError",
+    "Generation",
+    "SamplingDefaults",
+    "failure",
+    "generation_request",
+    "until_disconnect",
+]
+
+T = TypeVar("T")
+
+LOWEST_TEMPERATURE = 0.01
+"""What smaller ones count as, except 0; vLLM's bound."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What requests do not say: OpenAI's defaults, or those of the checkpoint's ``generation_config.json``."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_directory(cls, directory: Path | None) -> SamplingDefaults:
+        """Those of a checkpoint.
+
+        Raises:
+            ValueError: generation_config.json is not JSON, or a value in it is out of range.
+        """
+        file = None if directory is None else directory / "generation_config.json"
+        config = read_json(file) if file is not None and file.is_file() else {}
+        given = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        try:
+            Sampler(**given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        return cls(**given)
+
+    def sampler(self, parameters: ChatRequest | CompletionRequest) -> Sampler:
+        """For one request."""
+        names = self.__dataclass_fields__
+        given = {name: getattr(parameters, name) for name in names if getattr(parameters, name) is not None}
+        chosen = replace(self, **given)
+        temperature = chosen.temperature and max(chosen.temperature, LOWEST_TEMPERATURE)
+        return Sampler(temperature, chosen.top_p, max(chosen.top_k, 0), chosen.repetition_penalty, parameters.seed)
+
+
+def generation_request(
+    parameters: ChatRequest | CompletionRequest, tokenizer: Tokenizer, eos: tuple[int, ...], defaults: SamplingDefaults
+) -> GenerationRequest:
+    """What the engine is asked for. Takes seconds for long prompts: call it outside of the event loop.
+
+    Raises:
+        ApiError: 400; the chat template refuses the messages, or there are no tokens.
+    """
+    if isinstance(parameters, ChatRequest):
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+            | ({} if message.name is None else {"name": message.name})
+            for message in parameters.messages
+        ]
+        try:
+            prompt = tokenizer.encode(tokenizer.apply_chat_template(messages))
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+    else:
+        prompt = tokenizer.encode(parameters.prompt) if isinstance(parameters.prompt, str) else parameters.prompt
+    if not prompt:
+        param = "messages" if isinstance(parameters, ChatRequest) else "prompt"
+        raise ApiError(400, f"{param} must have at least one token", param=param, code="invalid_value")
+    ends = frozenset(parameters.stop_token_ids or ()) | (frozenset() if parameters.ignore_eos else frozenset(eos))
+    return GenerationRequest(
+        prompt=prompt,
+        max_new_tokens=parameters.max_new_tokens,
+        sampler=defaults.sampler(parameters),
+        stop=tuple(parameters.stop or ()),
+        stop_token_ids=ends,
+        logprobs=parameters.num_logprobs,
+    )
+
+
+class ClientGoneError(Exception):
+    """The client went away before it was answered."""
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client goes away.
+
+    Args:
+        receive: ASGI's, of a request whose body has been read.
+        work: what the client waits for.
+
+    Raises:
+        ClientGoneError: the client went away first.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Generation:
+    """One request in the engine, as the event loop sees it.
+
+    Made in the event loop; :meth:`submit` may be called in another thread, and everything happens inside of
+    :meth:`closing`.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, record: Record) -> None:
+        self._engine, self._metrics, self._record = engine, metrics, record
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ended = asyncio.Event()
+        self._lock = threading.Lock()
+        self._handle: RequestHandle | None = None
+        self._cancelled = False
+        self._submitted = False
+        self._last_token: float | None = None
+
+    def submit(self, request: GenerationRequest, param: str) -> None:
+        """Hand the request to the engine; from any thread.
+
+        Args:
+            request: the request.
+            param: the parameter that the prompt came in, for errors.
+
+        Raises:
+            ApiError: the engine does not take it.
+        """
+        with self._lock:
+            if self._cancelled:
+                return
+            self._submitted = True
+        try:
+            handle = self._engine.submit(request, self._listen)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(self._ended.set)
+            raise _as_api_error(error, param) from error
+        with self._lock:
+            self._handle = handle
+            if self._cancelled:
+                handle.cancel()
+
+    def cancel(self) -> None:
+        """Give the request up, whether it has been submitted or not."""
+        with self._lock:
+            self._cancelled = True
+            if self._handle is not None:
+                self._handle.cancel()
+
+    @asynccontextmanager
+    async def closing(self) -> AsyncIterator[None]:
+        """Around all that is done with it. At the end, the request is given up unless it has ended, and its end is
+        awaited: then its pages are free and it is recorded. Only when the server stops at once, nothing is awaited.
+        """
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except BaseException:
+            await self._end()
+            raise
+        await self._end()
+
+    async def _end(self) -> None:
+        if not self._ended.is_set():
+            self.cancel()
+            if self._submitted:
+                await self._ended.wait()
+
+    async def next_events(self, timeout: float | None = None) -> list[Event]:
+        """Those that are there, at least one; none if ``timeout`` seconds bring none."""
+        events = []
+        with contextlib.suppress(asyncio.TimeoutError):
+            events.append(await asyncio.wait_for(self._events.get(), timeout))
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+        return events
+
+    def _listen(self, event: Event) -> None:
+        """In the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped at once
+            self._loop.call_soon_threadsafe(self._hear, event, time.monotonic())
+
+    def _hear(self, event: Event, now: float) -> None:
+        """In the event loop, whether anyone waits for the event or not."""
+        if isinstance(event, NewToken):
+            before, self._last_token = self._last_token, now
+            self._metrics.token(now - (self._record.arrived if before is None else before), first=before is None)
+        elif isinstance(event, (Finished, Failed)):
+            self._record.stats = event.stats
+            self._record.finish_reason = event.reason if isinstance(event, Finished) else "error"
+            self._metrics.ended(event, now - self._record.arrived)
+            self._ended.set()
+        self._events.put_nowait(event)
+
+
+def failure(event: Event) -> ApiError | None:
+    """What a client is told when the engine could not answer; None for every other event."""
+    if isinstance(event, Finished) and event.reason == "abort":  # by the engine: who cancels does not read on
+        return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "30"})
+    if isinstance(event, Failed):
+        if event.retry:
+            return ApiError(503, event.message, code="overloaded", headers={"Retry-After": "5"})
+        return ApiError(500, event.message)
+    return None
+
+
+def _as_api_error(error: Exception, param: str) -> Exception:
+    if isinstance(error, TooLongError):
+        return ApiError(400, str(error), param=param, code="context_length_exceeded")
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, ShuttingDownError):
+        return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "30"})
+    if isinstance(error, ValueError):
+        return ApiError(400, f"{param}: {error}", param=param, code="invalid_value")
+    return error

@@ -1,0 +1,372 @@
+"""Requests of the HTTP API: OpenAI's parameters, some of vLLM's, and one of llama.cpp's.
+
+A parameter is honoured or refused, never ignored: those that this server does not implement are declared with the one
+value that changes nothing, and unknown ones are refused. The exceptions are hints that cannot change an answer
+(``user``, ``metadata``, ...); docs/serving.md lists all.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from .errors import ApiError
+
+__all__ = ["MAX_LOGPROBS", "ChatRequest", "CompletionRequest", "Message", "Parameters", "parse"]
+
+MAX_LOGPROBS = 20
+_INT64 = 2**63
+_MAX_STOP_STRINGS, _MAX_STOP_LENGTH, _MAX_STOP_TOKENS = 16, 256, 64
+
+_NOTHING_ELSE = {
+    "n": "1",
+    "best_of": "1",
+    "echo": "false",
+    "suffix": "null",
+    "logit_bias": "an empty object",
+    "presence_penalty": "0",
+    "frequency_penalty": "0",
+    "tools": "an empty list",
+    "tool_choice": "'none' or 'auto'",
+    "functions": "null",
+    "function_call": "null",
+    "response_format": "{'type': 'text'}",
+    "modalities": "['text']",
+    "audio": "null",
+    "prediction": "null",
+    "reasoning_effort": "null",
+    "verbosity": "null",
+    "web_search_options": "null",
+    "store": "false",
+    "service_tier": "'auto' or 'default'",
+    "min_p": "0",
+    "min_tokens": "0",
+    "skip_special_tokens": "true",
+    "include_stop_str_in_output": "false",
+    "chat_template_kwargs": "an empty object",
+    "prompt_logprobs": "null",
+    "stream_options.include_obfuscation": "false",
+    "stream_options.continuous_usage_stats": "false",
+}
+"""Parameters that are known and not implemented, and what may be given for them besides null."""
+
+
+def _whole(value: object) -> object:
+    """JSON Schema counts 5.0 as an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _stop_strings(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text_content(value: object) -> str:
+    """A message's text; several parts are joined by newlines, as vLLM joins them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("content_type", "must be a string or a list of text parts")
+    texts: list[str] = []
+    for number, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise PydanticCustomError(
+                "unsupported_part", f"part {number} must be of type 'text', the only one supported"
+            )
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError("text_part", f"part {number} must have the keys 'type' and 'text', a string")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _prompt(value: object) -> str | list[int]:
+    """One prompt: a string, token ids, or a list of exactly one of these."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("prompt_type", "must be a string or a list of token ids")
+    if not value:
+        raise PydanticCustomError("empty_prompt", "must have at least one token")
+    if all(isinstance(part, (str, list)) for part in value):
+        raise PydanticCustomError("several_prompts", f"must be one prompt, got {len(value)}: send a request for each")
+    tokens = [token if type(token) is int else _whole(token) for token in value]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):  # a bool is an int to Python
+        raise PydanticCustomError("token_ids", "must be a string or a list of token ids, integers >= 0")
+    return cast(list[int], tokens)
+
+
+_TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+
+WHOLE = BeforeValidator(_whole)
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[int, Field(ge=1, le=1), WHOLE]
+NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
+StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=_MAX_STOP_STRINGS),
+    BeforeValidator(_stop_strings),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_LENGTH},
+                {
+                    "type": "array",
+                    "maxItems": _MAX_STOP_STRINGS,
+                    "items": {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_LENGTH},
+                },
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    str,
+    PlainValidator(_text_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART_SCHEMA}]}),
+]
+Prompt = Annotated[
+    Any,
+    PlainValidator(_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                _TOKENS_SCHEMA,
+                {"type": "array", "minItems": 1, "maxItems": 1, "items": {"type": "string", "minLength": 1}},
+                {"type": "array", "minItems": 1, "maxItems": 1, "items": _TOKENS_SCHEMA},
+            ]
+        }
+    ),
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Model):
+    """Of a streamed answer."""
+
+    include_usage: bool | None = Field(default=None, description="End the stream with a chunk that holds the usage.")
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class TextFormat(_Model):
+    """The only response format."""
+
+    type: Literal["text"]
+
+
+class Message(_Model):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="'developer' counts as 'system'.")
+    content: Content
+    name: str | None = None
+    # What clients send back of an answer as they got it.
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+
+
+class Parameters(_Model):
+    """What both endpoints take."""
+
+    model: str | None = Field(default=None, description="A served name; the first one when left out.")
+    max_tokens: NewTokens | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        default=None, description="Stream chunks with prompt_progress while the prompt is read (from llama.cpp)."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = Field(default=None, description="0 or -1: all.")
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1), WHOLE] | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]], Field(max_length=_MAX_STOP_TOKENS)] | None
+    ) = Field(default=None, description="Tokens that end the text besides the model's.")
+    ignore_eos: bool | None = Field(default=None, description="Go on behind the model's end-of-sequence tokens.")
+
+    # Accepted and without effect.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # Not implemented: only what changes nothing is accepted.
+    n: One | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    min_p: Zero | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    prompt_logprobs: None = None
+
+    @model_validator(mode="after")
+    def _streaming(self) -> Parameters:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("needs_stream", "stream_options goes with stream = true only")
+        if self.return_progress and not self.stream:
+            raise PydanticCustomError("needs_stream", "return_progress goes with stream = true only")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Parameters):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: NewTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: None = None
+    function_call: None = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("needs_logprobs", "top_logprobs goes with logprobs = true only")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise PydanticCustomError(
+                "two_limits",
+                f"max_tokens and max_completion_tokens must be equal where both are given, got {self.max_tokens} and "
+                f"{self.max_completion_tokens}",
+            )
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """None: as many as the longest sequence leaves."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None: no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Parameters):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+
+    best_of: One | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """OpenAI's default is 16."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None: no logprobs."""
+        return self.logprobs
+
+
+_FIELDS = {
+    name
+    for model in (ChatRequest, CompletionRequest, Message, StreamOptions, TextFormat)
+    for name in model.model_fields
+}
+
+
+Request = TypeVar("Request", bound=Parameters)
+
+
+def parse(model: type[Request], body: bytes | bytearray) -> Request:
+    """A request from its body.
+
+    Raises:
+        ApiError: 400 about the first thing that is wrong. Of the body it quotes names of parameters, and values only
+            of those that are no text of a prompt.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False)[0]
+    raise _refusal(details)
+
+
+def _refusal(error: ErrorDetails) -> ApiError:
+    kind, text, unknown = error["type"], error["msg"], error["type"] == "extra_forbidden"
+    location = [part for part in error["loc"][:-1] if isinstance(part, int) or part in _FIELDS]
+    location += [part for part in error["loc"][-1:] if isinstance(part, int) or part in _FIELDS or unknown]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".") or None
+    text = text[:1].lower() + text[1:]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body must be JSON: {text.removeprefix('invalid JSON: ')}", code="invalid_json")
+    if unknown:
+        return ApiError(400, f"unknown parameter {_short(param)}", param=_short(param), code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
+    got = _quoted(error["input"])
+    for name in (param, str(location[0]) if location else None):
+        if name in _NOTHING_ELSE:
+            text = f"{name} is not supported: only {_NOTHING_ELSE[name]} is accepted{got}"
+            return ApiError(400, text, param=name, code="unsupported_value")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    if param is None:
+        return ApiError(400, text if kind in _OWN_RULES else f"the body {text.removeprefix('input ')}{got}", code=code)
+    rule = text.removeprefix("input ") if text.startswith(("input ", "must ", "part ")) else f": {text}"
+    return ApiError(400, f"{param} {rule}{got}".replace(" :", ":", 1), param=param, code=code)
+
+
+_OWN_RULES = ("needs_stream", "needs_logprobs", "two_limits")
+
+
+def _quoted(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 32):
+        return f", got {_short(repr(value))}"
+    return ""
+
+
+def _short(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= 64 else f"{text[:61]}..."

@@ -1,0 +1,272 @@
+"""From the engine's events to OpenAI's answers: whole ones, and chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..tokenizer import Tokenizer
+from .requests import Finished, NewToken, Progress, RequestStats, TokenLogprobs
+from .responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptProgress,
+    PromptTokensDetails,
+    Reason,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+__all__ = ["ChatWriter", "CompletionWriter", "Writer"]
+
+LOWEST_LOGPROB = -9999.0
+"""What minus infinity becomes, which JSON lacks; vLLM's choice."""
+
+
+@dataclass
+class Writer(ABC):
+    """Writes the answer to one request.
+
+    Chunks come from :meth:`opening`, :meth:`progress`, :meth:`token` and :meth:`closing`; a whole answer from
+    :meth:`whole`, after every token has been given to :meth:`keep`. All are JSON.
+    """
+
+    request_id: str
+    model: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    include_usage: bool = False
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        self._text: list[str] = []
+        self._logprobs: list[tuple[NewToken, TokenLogprobs]] = []
+        self._offset = 0
+
+    @abstractmethod
+    def opening(self) -> list[bytes]:
+        """Before anything is known."""
+
+    @abstractmethod
+    def progress(self, event: Progress) -> bytes:
+        """The prompt has been read so far."""
+
+    @abstractmethod
+    def token(self, event: NewToken) -> bytes | None:
+        """A token, unless it shows nothing yet."""
+
+    @abstractmethod
+    def closing(self, event: Finished) -> list[bytes]:
+        """The rest of the text, how it ended, and the usage if it is asked for."""
+
+    @abstractmethod
+    def whole(self, event: Finished) -> bytes:
+        """Everything at once."""
+
+    def keep(self, event: NewToken) -> None:
+        """Remember a token for :meth:`whole`."""
+        self._text.append(event.text)
+        if event.logprobs is not None:
+            self._logprobs.append((event, event.logprobs))
+
+    def _whole_text(self, event: Finished) -> str:
+        return "".join(self._text) + event.text
+
+    def _token_text(self, token_id: int) -> str:
+        return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+class ChatWriter(Writer):
+    """``/v1/chat/completions``."""
+
+    def opening(self) -> list[bytes]:
+        """The chunk with the role."""
+        return [self._chunk(ChatDelta(role="assistant", content=""))]
+
+    def progress(self, event: Progress) -> bytes:
+        """A chunk without choices."""
+        return self._dump([], prompt_progress=_progress(event))
+
+    def token(self, event: NewToken) -> bytes | None:
+        """A chunk with text; with logprobs also where the text is held back."""
+        if event.logprobs is not None:
+            return self._chunk(ChatDelta(content=event.text), self._chat_logprobs([(event, event.logprobs)]))
+        return self._chunk(ChatDelta(content=event.text)) if event.text else None
+
+    def closing(self, event: Finished) -> list[bytes]:
+        """Text that was held back, the reason, the usage."""
+        chunks = [self._chunk(ChatDelta(content=event.text))] if event.text else []
+        chunks.append(self._chunk(ChatDelta(), reason=_reason(event)))
+        if self.include_usage:
+            chunks.append(self._dump([], usage=_usage(event.stats)))
+        return chunks
+
+    def whole(self, event: Finished) -> bytes:
+        """A ``chat.completion``."""
+        choice = ChatChoice(
+            index=0,
+            message=ChatMessage(content=self._whole_text(event)),
+            logprobs=self._chat_logprobs(self._logprobs) if self._logprobs else None,
+            finish_reason=_reason(event),
+        )
+        completion = ChatCompletion(
+            id=f"chatcmpl-{self.request_id}",
+            created=self.created,
+            model=self.model,
+            choices=[choice],
+            usage=_usage(event.stats),
+            system_fingerprint=self.fingerprint,
+        )
+        return completion.model_dump_json().encode()
+
+    def _chunk(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: Reason | None = None) -> bytes:
+        return self._dump([ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)])
+
+    def _dump(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None, prompt_progress: PromptProgress | None = None
+    ) -> bytes:
+        chunk = ChatChunk(
+            id=f"chatcmpl-{self.request_id}",
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            system_fingerprint=self.fingerprint,
+        )
+        return _dump(chunk, usage, prompt_progress, self.include_usage)
+
+    def _chat_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> ChatLogprobs:
+        return ChatLogprobs(
+            content=[
+                TokenLogprob(
+                    **self._candidate(event.token_id, logprobs.chosen).model_dump(),
+                    top_logprobs=[self._candidate(*candidate) for candidate in logprobs.top],
+                )
+                for event, logprobs in tokens
+            ],
+            refusal=None,
+        )
+
+    def _candidate(self, token_id: int, logprob: float) -> TopLogprob:
+        spelled = self.tokenizer.token_bytes(token_id)
+        return TopLogprob(token=self._token_text(token_id), logprob=_finite(logprob), bytes=list(spelled))
+
+
+class CompletionWriter(Writer):
+    """``/v1/completions``."""
+
+    def opening(self) -> list[bytes]:
+        """Nothing."""
+        return []
+
+    def progress(self, event: Progress) -> bytes:
+        """A chunk without choices."""
+        return self._dump([], prompt_progress=_progress(event))
+
+    def token(self, event: NewToken) -> bytes | None:
+        """A chunk with text; with logprobs also where the text is held back."""
+        if event.logprobs is not None:
+            return self._chunk(event.text, self._completion_logprobs([(event, event.logprobs)]))
+        return self._chunk(event.text) if event.text else None
+
+    def closing(self, event: Finished) -> list[bytes]:
+        """Text that was held back with the reason, the usage."""
+        chunks = [self._chunk(event.text, reason=_reason(event))]
+        if self.include_usage:
+            chunks.append(self._dump([], usage=_usage(event.stats)))
+        return chunks
+
+    def whole(self, event: Finished) -> bytes:
+        """A ``text_completion``."""
+        choice = CompletionChoice(
+            index=0,
+            text=self._whole_text(event),
+            logprobs=self._completion_logprobs(self._logprobs) if self._logprobs else None,
+            finish_reason=_reason(event),
+        )
+        completion = self._completion([choice])
+        completion.usage = _usage(event.stats)
+        return completion.model_dump_json(exclude_unset=True).encode()
+
+    def _chunk(self, text: str, logprobs: CompletionLogprobs | None = None, reason: Reason | None = None) -> bytes:
+        return self._dump([CompletionChoice(index=0, text=text, logprobs=logprobs, finish_reason=reason)])
+
+    def _dump(
+        self, choices: list[CompletionChoice], usage: Usage | None = None, prompt_progress: PromptProgress | None = None
+    ) -> bytes:
+        return _dump(self._completion(choices), usage, prompt_progress, self.include_usage)
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=f"cmpl-{self.request_id}",
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            system_fingerprint=self.fingerprint,
+        )
+
+    def _completion_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> CompletionLogprobs:
+        texts = [self._token_text(event.token_id) for event, _ in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return CompletionLogprobs(
+            tokens=texts,
+            token_logprobs=[_finite(logprobs.chosen) for _, logprobs in tokens],
+            top_logprobs=[self._alternatives(event, logprobs) for event, logprobs in tokens],
+            text_offset=offsets,
+        )
+
+    def _alternatives(self, event: NewToken, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The chosen token is among them, as with OpenAI; of tokens that are spelled alike, the most likely one."""
+        found: dict[str, float] = {}
+        for token_id, logprob in (*logprobs.top, (event.token_id, logprobs.chosen)):
+            found.setdefault(self._token_text(token_id), _finite(logprob))
+        return found
+
+
+def _dump(
+    chunk: ChatChunk | Completion, usage: Usage | None, progress: PromptProgress | None, with_usage: bool
+) -> bytes:
+    """JSON; as OpenAI has it, usage is there if it was asked for, and null in every chunk but the last."""
+    if with_usage:
+        chunk.usage = usage
+    if progress is not None:
+        chunk.prompt_progress = progress
+    return chunk.model_dump_json(exclude_unset=True).encode()
+
+
+def _reason(event: Finished) -> Reason:
+    return "length" if event.reason == "length" else "stop"
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _usage(stats: RequestStats) -> Usage:
+    return Usage(
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        total_tokens=stats.prompt_tokens + stats.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.cached_tokens),
+    )
+
+
+def _progress(event: Progress) -> PromptProgress:
+    return PromptProgress(
+        total=event.total, cache=event.cached, processed=event.processed, time_ms=round(event.seconds * 1000)
+    )
