@@ -134,7 +134,7 @@ def test_interrupt(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeyp
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen_sparse.cli.load_model", interrupted)
+    monkeypatch.setattr("qwen_sparse.options.load_model", interrupted)
     code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x")
     assert (code, err) == (130, "\ninterrupted\n")
 

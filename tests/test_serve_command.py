@@ -131,7 +131,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(command, "load_model", refuse)
+    monkeypatch.setattr(command, "load", refuse)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

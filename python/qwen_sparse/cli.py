@@ -20,6 +20,7 @@ from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
 from .models.qwen2 import Qwen2Model
+from .options import add_device, add_load_options, load, set_threads
 
 __all__ = ["main"]
 
@@ -90,26 +91,11 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
-    attention = engine.add_mutually_exclusive_group()
-    attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
-    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
-    engine.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
-    _add_device(engine)
-    engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
+    add_load_options(engine)
     engine.add_argument("--max-seq-len", type=int, help="most tokens, prompt and output together")
     engine.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
-    engine.add_argument("--threads", type=int, help="CPU threads")
     engine.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="prefill bar (default: on a terminal)"
-    )
-
-
-def _add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one and the dtype has 16 bits",
     )
 
 
@@ -125,20 +111,8 @@ def _run_generate(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Qwen2Model:
-    """The model, by the engine's arguments."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be >= 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    return load_model(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        max_seq_len=args.max_seq_len,
-        attention=args.attention or "auto",
-        coverage=args.coverage,
-    )
+    set_threads(args)
+    return load(args, max_seq_len=args.max_seq_len)
 
 
 def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +204,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar=("V", "S"),
         help=f"base pair; may be repeated ({', '.join(f'{v} {s}' for v, s in BASE_PAIRS)})",
     )
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
     parser.add_argument("-o", "--output", type=Path, default=Path("sparse_attention_config.json"), help="file to write")
@@ -275,7 +249,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory (config.json is enough) or hub id")
     parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences in the cache (1)")
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
 

@@ -13,6 +13,7 @@ from typing import Any
 from .. import __version__
 from ..loader import load_model
 from ..models.qwen2 import Qwen2Model
+from ..options import add_device
 from ..testing import machine
 from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes
@@ -71,7 +72,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--lengths", type=_lengths, default=[2**12, 2**14], help="tokens, e.g. 1k,4k,1m (4k,16k)")
     parser.add_argument("--modes", type=_modes, help="rope or dca, then +sparse or +coverage0.95, then +int8")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the JSON and the figures")
     parser.add_argument("--no-figures", dest="figures", action="store_false", help="table and JSON only")

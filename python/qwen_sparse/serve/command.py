@@ -10,11 +10,10 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
 from ..config import ModelConfig, parse_dtype
-from ..loader import load_model, resolve_device, resolve_directory
+from ..loader import resolve_device, resolve_directory
 from ..memory import available_memory
+from ..options import add_load_options, load, set_threads
 from ..tokenizer import Tokenizer
 from .plan import EngineOptions, plan_pages
 
@@ -55,19 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="rows per prefill chunk")
     engine.add_argument("--max-num-seqs", type=int, default=16, metavar="N", help="sequences at the same time (16)")
     engine.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
-    engine.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
     engine.add_argument("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
     engine.add_argument(
         "--memory-utilization", type=float, default=0.9, metavar="SHARE", help="of available memory to use (0.9)"
     )
     engine.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt anew")
-    attention = engine.add_mutually_exclusive_group()
-    attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
-    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
-    engine.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
-    engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    engine.add_argument("--threads", type=int, help="CPU threads")
+    add_load_options(engine)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"serving needs the packages of an extra: pip install 'qwen-sparse[serve]' ({error})"
             ) from error
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be >= 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     options = EngineOptions(
         max_model_len=args.max_model_len,
         chunk_tokens=args.max_num_batched_tokens,
@@ -118,15 +107,7 @@ def _serve(
     from .engine import Engine
     from .server import make_server
 
-    model = load_model(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        attention=args.attention or "auto",
-        coverage=args.coverage,
-    )
-    engine = Engine(model, options)
+    engine = Engine(load(args), options)
     settings = Settings(served_names=names, api_keys=keys, allowed_origins=tuple(args.allowed_origin))
     server = make_server(create_app(engine, settings))
     server.ready = f"ready at {_url(listening)}/v1: {names[0]}, up to {engine.max_model_len} tokens"
