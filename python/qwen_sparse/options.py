@@ -1,0 +1,58 @@
+"""Options that several commands have: the device, and how a model is loaded and attends."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from .loader import load_model
+from .models.qwen2 import Qwen2Model
+
+__all__ = ["add_device", "add_load_options", "load", "set_threads"]
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one and the dtype has 16 bits",
+    )
+
+
+def add_load_options(parser: argparse._ActionsContainer) -> None:
+    """What :func:`load` and :func:`set_threads` read besides --model."""
+    attention = parser.add_mutually_exclusive_group()
+    attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
+    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    parser.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
+    add_device(parser)
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Use as many CPU threads as --threads says.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+
+
+def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Qwen2Model:
+    """The model of --model and the options of :func:`add_load_options`; see :func:`qwen_sparse.load_model`."""
+    return load_model(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        max_seq_len=max_seq_len,
+        attention=args.attention or "auto",
+        coverage=args.coverage,
+    )
