@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -11,8 +12,12 @@ from typing import Any
 import openai
 import pytest
 
+from qwen_sparse.serve.generation import Generation
+from qwen_sparse.serve.metrics import Metrics
+from qwen_sparse.serve.records import Record
 from qwen_sparse.serve.requests import (
     Finished,
+    NewToken,
     Progress,
     QueueFullError,
     ShuttingDownError,
@@ -406,6 +411,30 @@ def test_a_client_that_has_been_answered_is_not_cancelled(live: Live, engine: Sc
         live.send("POST", CHAT, chat(stream=stream))
         assert not engine.next().cancelled.is_set()
         assert live.last_record()["error"] is None
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize("ticks", range(5))
+def test_a_cancellation_that_comes_with_an_event_is_not_lost(
+    engine: ScriptedEngine, timeout: float | None, ticks: int
+) -> None:
+    """asyncio.wait_for would lose it, and the request of a client that has left would go on to its end."""
+
+    async def run() -> None:
+        metrics = Metrics("passkey", 1024, engine.snapshot)
+        generation = Generation(engine, metrics, Record())
+        waiting = asyncio.ensure_future(generation.next_events(timeout))
+        await asyncio.sleep(0)
+        generation._hear(NewToken(97, "a", None), 0.0)
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        else:
+            assert await waiting == [NewToken(97, "a", None)]
+
+    asyncio.run(run())
 
 
 # Metrics and logs.

@@ -159,7 +159,8 @@ class Generation:
     def __init__(self, engine: Engine, metrics: Metrics, record: Record) -> None:
         self._engine, self._metrics, self._record = engine, metrics, record
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
         self._ended = asyncio.Event()
         self._lock = threading.Lock()
         self._handle: RequestHandle | None = None
@@ -221,11 +222,15 @@ class Generation:
 
     async def next_events(self, timeout: float | None = None) -> list[Event]:
         """Those that are there, at least one; none if ``timeout`` seconds bring none."""
-        events = []
-        with contextlib.suppress(asyncio.TimeoutError):
-            events.append(await asyncio.wait_for(self._events.get(), timeout))
-            while not self._events.empty():
-                events.append(self._events.get_nowait())
+        # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with the result.
+        timer = None if timeout is None else self._loop.call_later(timeout, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._news.clear()
+        events, self._events = self._events, []
         return events
 
     def _listen(self, event: Event) -> None:
@@ -243,7 +248,8 @@ class Generation:
             self._record.finish_reason = event.reason if isinstance(event, Finished) else "error"
             self._metrics.ended(event, now - self._record.arrived)
             self._ended.set()
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._news.set()
 
 
 def failure(event: Event) -> ApiError | None:
