@@ -48,7 +48,11 @@ check_sass() {
     --cuobjdump "${CUOBJDUMP:-cuobjdump}" "${hopper[@]}"
 }
 
-run_tests() { "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests.xml" tests; }
+# Left out: files without tests marked cuda that import packages which a machine with a GPU may not have.
+run_tests() {
+  "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests.xml" --ignore=tests/test_chat.py \
+    --ignore-glob='tests/test_serve_[!e]*.py' tests
+}
 
 # Small cases of every kernel family: the tools slow a kernel down tens of times.
 check_memory() {

@@ -489,9 +489,12 @@ def test_metrics(live: Live, engine: ScriptedEngine) -> None:
         assert after[prefix + name] == value, name
 
 
-def test_health(live: Live) -> None:
+def test_health(live: Live, engine: ScriptedEngine) -> None:
     status, _, data = live.send("GET", "/health")
     assert (status, data) == (200, b"")
+    engine.healthy = False  # a GPU that answers no more
+    status, _, data = live.send("GET", "/health")
+    assert (status, json.loads(data)["error"]["code"]) == (503, "engine_stopped")
 
 
 def test_a_record_per_request(live: Live, engine: ScriptedEngine) -> None:

@@ -91,6 +91,7 @@ class ScriptedEngine:
         self.model = passkey_model()
         self.submitted: list[Submitted] = []
         self.refusal: Exception | None = None
+        self.healthy = True
         self.on_submit: Callable[[Submitted], None] = lambda request: None
 
     def submit(self, request: GenerationRequest, listener: Callable[[Event], None]) -> Submitted:

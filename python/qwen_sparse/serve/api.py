@@ -119,11 +119,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     app.add_api_route(
         "/health",
-        _health,
+        api.health,
         methods=["GET"],
         response_class=Response,
-        responses={200: plain, **open_to_all},
-        summary="200 while the server runs",
+        responses={200: plain, **open_to_all, **_refusals((503,))},
+        summary="200 while requests are answered",
     )
     app.add_api_route(
         "/metrics",
@@ -194,6 +194,12 @@ class _Api:
         self._check_name(model)
         return self._card(model)
 
+    async def health(self) -> Response:
+        """GET /health."""
+        if not self._engine.healthy:
+            raise ApiError(503, "the engine has stopped", code="engine_stopped")
+        return Response(media_type="text/plain")
+
     async def metrics_text(self) -> Response:
         """GET /metrics."""
         return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -261,10 +267,6 @@ async def _collect(generation: Generation, writer: Writer) -> bytes:
                 writer.keep(event)
             elif isinstance(event, Finished):
                 return writer.whole(event)
-
-
-async def _health() -> Response:
-    return Response(media_type="text/plain")
 
 
 class _NoResponse(Response):
