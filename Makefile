@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 # The vLLM plugin in vLLM's CPU build, which pins another set of packages: an environment of its own, 3.5 GB (Python 3.11
-# or newer). VLLM_ENV=... names one that exists; it is installed into nonetheless.
+# or newer). VLLM_ENV=... names one that exists; it is installed into nonetheless. QWEN_SPARSE_CUDA=1 where vLLM has GPUs.
 VLLM_ENV ?= build/vllm/env
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip install --disable-pip-version-check
 VLLM_TESTS ?= tests/vllm_plugin
@@ -40,7 +40,7 @@ build/vllm/.env:
 
 build/vllm/.built: build/vllm/.env pyproject.toml $(SOURCES)
 	@echo "== building qwen_sparse for that environment"
-	QWEN_SPARSE_CUDA=0 $(VLLM_PIP) --no-build-isolation --no-deps -e . --config-settings=build-dir=build/vllm/cmake
+	QWEN_SPARSE_CUDA=$${QWEN_SPARSE_CUDA:-0} $(VLLM_PIP) --no-build-isolation --no-deps -e . --config-settings=build-dir=build/vllm/cmake
 	@touch $@
 
 # The adapter for lm-evaluation-harness; with it come some fifty packages, 650 MB.
