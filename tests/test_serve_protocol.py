@@ -108,7 +108,7 @@ def test_what_is_not_implemented_is_refused_by_name(name: str, value: object, on
     assert error.message.startswith(f"{name} is not supported: only {only} is accepted")
 
 
-@pytest.mark.parametrize(("name", "value"), [("best_of", 2), ("echo", True), ("suffix", "x"), ("n", 0)])
+@pytest.mark.parametrize(("name", "value"), [("best_of", 2), ("echo", True), ("echo", 0.0), ("suffix", "x"), ("n", 0)])
 def test_what_completions_lack(name: str, value: object) -> None:
     with pytest.raises(ApiError, match=f"^{name} is not supported: only .* is accepted, got {value!r}$"):
         parse_completion(**{name: value})

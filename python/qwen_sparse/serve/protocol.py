@@ -67,6 +67,13 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _boolean(value: object) -> object:
+    """Python counts 0.0 as False."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "must be a boolean")
+    return value
+
+
 def _stop_strings(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -116,6 +123,8 @@ _PART_SCHEMA = {
 }
 
 WHOLE = BeforeValidator(_whole)
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
@@ -166,8 +175,8 @@ class StreamOptions(_Model):
     """Of a streamed answer."""
 
     include_usage: bool | None = Field(default=None, description="End the stream with a chunk that holds the usage.")
-    include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: No | None = None
+    continuous_usage_stats: No | None = None
 
 
 class TextFormat(_Model):
@@ -217,7 +226,7 @@ class Parameters(_Model):
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
 
     # Not implemented: only what changes nothing is accepted.
@@ -227,8 +236,8 @@ class Parameters(_Model):
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     min_p: Zero | None = None
     min_tokens: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
+    skip_special_tokens: Yes | None = None
+    include_stop_str_in_output: No | None = None
     prompt_logprobs: None = None
 
     @model_validator(mode="after")
@@ -296,7 +305,7 @@ class CompletionRequest(Parameters):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
 
     best_of: One | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     suffix: None = None
 
     @property
