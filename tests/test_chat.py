@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -461,7 +463,9 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., pexpect.spawn]]:
         arguments = ["-m", "qwen_sparse.cli", "chat", "--model", MODEL, "--dtype", "float32", "--device", "cpu"]
         arguments += ["--threads", "2", "--file", str(tmp_path / "notes.txt"), *options]
         decoding = {"encoding": "utf-8", "codec_errors": "replace"}
-        child = pexpect.spawn(sys.executable, arguments, timeout=120, dimensions=(40, 200), **decoding)
+        # Tests that a shell runs in the background inherit an ignored SIGINT, and so would the chat.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        child = pexpect.spawn(sys.executable, arguments, timeout=120, dimensions=(40, 200), preexec_fn=heed, **decoding)
         children.append(child)
         child.expect_exact("notes.txt: the conversation has ")
         child.expect_exact(">>> ")

@@ -97,7 +97,7 @@ def test_several_sequences(case: Case, write_checkpoint: WriteCheckpoint) -> Non
     pool = model.new_pool(9)
     tables = torch.tensor([[8, 1, 3], [5, 0, 7], [2, 6, 4]], dtype=torch.int32)
     for table, prompt in zip(tables.tolist(), prompts[:2], strict=False):
-        prefill(model, prompt[:-10], cache=PagedKVCache.in_pool(pool, table))
+        prefill(model, prompt[:-10], cache=PagedKVCache(pool, table))
     for _ in range(10):
         lengths = torch.tensor([cache.seqlen for cache in alone])
         tokens = IDS[lengths]

@@ -586,7 +586,7 @@ def test_padded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DecodeBatch(DENSE, pool, max_pages=4, padding_page=12)
     prompts = [torch.tensor(prompt(length, seed=length)) for length in (130, 300, 64)]
     tables = [[3, 0, 7], [1, 4, 9], [2]]
-    together = [PagedKVCache.in_pool(pool, table) for table in tables]
+    together = [PagedKVCache(pool, table) for table in tables]
     alone = [prefill(DENSE, tokens).cache for tokens in prompts]
     for tokens, cache in zip(prompts, together, strict=True):
         prefill(DENSE, tokens, cache=cache)

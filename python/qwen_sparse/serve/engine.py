@@ -289,7 +289,7 @@ class Engine:
             return
         self._waiting.popleft()
         sequence.pages = [*prefix, *pages]
-        sequence.cache = PagedKVCache.in_pool(self._pool, sequence.pages, seqlen=cached)
+        sequence.cache = PagedKVCache(self._pool, sequence.pages, seqlen=cached)
         sequence.chunk_ends = chunk_ends(cached, total, self.chunk_tokens)
         sequence.sparse = sparse and not (cached and total - cached <= DECODE_ROWS)
         if sequence.scheduled is None:
