@@ -434,6 +434,10 @@ def test_pages_without_memory_are_not_touched(monkeypatch: pytest.MonkeyPatch) -
 # --- Clients that go, and things that fail ---
 
 
+STEPS = [(Qwen2Model, "forward"), (Qwen2Model, "decode_step"), (PagedKVCache, "in_pool"), (PagedKVCache, "extend")]
+"""Where a request may fail; ``extend`` is called when 300 tokens have become 384."""
+
+
 def test_cancel() -> None:
     """In the queue, in prefill, and in the answer; the others do not notice."""
     with serving(max_num_seqs=2, chunk_tokens=128) as engine:
@@ -475,11 +479,12 @@ def test_a_listener_that_raises() -> None:
     ("error", "message", "retry"),
     [(RuntimeError("by chance"), "RuntimeError: by chance", False), (MemoryError(), "memory ran out", True)],
 )
-@pytest.mark.parametrize("where", ["forward", "decode_step"])
+@pytest.mark.parametrize(("owner", "name"), STEPS)
 def test_a_step_that_fails(
-    where: str, error: Exception, message: str, retry: bool, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, error: Exception, message: str, retry: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(Qwen2Model, where)
+    """In the model, or where the cache takes memory of the device: one request fails, and the next one is answered."""
+    real = getattr(owner, name)
     failures = [error]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -488,13 +493,16 @@ def test_a_step_that_fails(
         return real(*args, **kwargs)
 
     with serving() as engine:
-        monkeypatch.setattr(Qwen2Model, where, failing)
-        failed = ask(engine, prompt(300))[0].wait_for(lambda event: isinstance(event, Failed))
+        monkeypatch.setattr(owner, name, failing)
+        listener = ask(engine, prompt(300), max_new_tokens=100)[0]
+        failed = listener.wait_for(lambda event: isinstance(event, (Finished, Failed)))
         assert isinstance(failed, Failed)
         assert (failed.message, failed.retry) == (message, retry)
-        listener = ask(engine, prompt(300))[0]
+        assert failed is listener.events[-1]
+        listener = ask(engine, prompt(300), max_new_tokens=100)[0]
         listener.end()
-        assert listener.tokens == expected(prompt(300))
+        assert listener.tokens == expected(prompt(300), max_new_tokens=100)
+        assert engine.healthy
 
 
 def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,18 +523,22 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
 
 
-def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), STEPS)
+def test_a_broken_device_ends_the_engine(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was being served or waited hears of it, once."""
+
     def failing(*args: Any, **kwargs: Any) -> Tensor:
         while engine.snapshot().waiting < 1:
             time.sleep(0.001)
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    with serving() as engine:
-        monkeypatch.setattr(Qwen2Model, "forward", failing)
-        listeners = [ask(engine, prompt(300))[0] for _ in range(2)]
+    with serving(max_num_seqs=1) as engine:
+        monkeypatch.setattr(owner, name, failing)
+        listeners = [ask(engine, prompt(300), max_new_tokens=100)[0] for _ in range(2)]
         for listener in listeners:
             assert isinstance(listener.wait_for(lambda event: isinstance(event, Failed)), Failed)
         engine._thread.join(timeout=60)
+        assert [sum(isinstance(event, Failed) for event in listener.events) for listener in listeners] == [1, 1]
         assert not engine.healthy
         with pytest.raises(ShuttingDownError, match="it is broken"):
             ask(engine, prompt(100))

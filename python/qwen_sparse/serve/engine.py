@@ -288,15 +288,20 @@ class Engine:
             sequence.fail(f"there is no memory for a prompt of {total} tokens now: {shortage}", retry=True)
             return
         self._waiting.popleft()
+        self._prefilling = sequence
         sequence.pages = [*prefix, *pages]
-        sequence.cache = PagedKVCache.in_pool(self._pool, sequence.pages, seqlen=cached)
+        try:
+            sequence.cache = PagedKVCache.in_pool(self._pool, sequence.pages, seqlen=cached)
+        except Exception as error:
+            self._prefilling = None
+            self._failed([sequence], error)
+            return
         sequence.chunk_ends = chunk_ends(cached, total, self.chunk_tokens)
         sequence.sparse = sparse and not (cached and total - cached <= DECODE_ROWS)
         if sequence.scheduled is None:
             sequence.scheduled, sequence.cached_tokens = time.monotonic(), min(cached, sequence.prompt_len)
             self._prefix_queries += sequence.prompt_len
             self._prefix_hits += sequence.cached_tokens
-        self._prefilling = sequence
         self._report(sequence)
 
     def _untouched_pages(self, total: int, new: int) -> tuple[int | None, str]:
@@ -395,7 +400,11 @@ class Engine:
             page = self._pages.take(1)
             if page is not None:
                 sequence.pages += page
-                cache.extend(page)
+                try:
+                    cache.extend(page)
+                except Exception as error:
+                    self._decoding.remove(sequence)
+                    self._failed([sequence], error)
                 return
             last = self._prefilling or self._decoding[-1]
             self._preempt(last)
