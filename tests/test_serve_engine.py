@@ -341,21 +341,103 @@ def test_pages_are_used_again_when_there_are_no_others() -> None:
 # --- Too little of something ---
 
 
-def test_preemption() -> None:
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "repetition_penalty": 1.2, "seed": 5}])
+def test_preemption(sampling: dict[str, Any]) -> None:
     """Three grow beyond the pages there are: those that came last wait, and go on where they were."""
     memory = 6 * kv_cache_bytes(MODEL.config, 128, torch.float32)
     prompts = [prompt(200, seed=seed) for seed in range(3)]
     with serving(max_model_len=512, kv_cache_memory=memory, chunk_tokens=128) as engine:
-        listeners = [ask(engine, tokens, max_new_tokens=100)[0] for tokens in prompts]
+        listeners = [ask(engine, tokens, max_new_tokens=100, sampler=Sampler(**sampling))[0] for tokens in prompts]
         ends = [listener.end() for listener in listeners]
         assert engine.snapshot().preemptions > 0
         assert sum(end.stats.preemptions for end in ends) == engine.snapshot().preemptions
         assert ends[0].stats.preemptions == 0
     for tokens, listener, end in zip(prompts, listeners, ends, strict=True):
-        assert listener.tokens == expected(tokens, max_new_tokens=100)
+        assert listener.tokens == expected(tokens, max_new_tokens=100, **sampling)
         assert end.stats.prompt_tokens == len(tokens)
         assert end.stats.completion_tokens == 100
         assert max(event.processed for event in listener.progress) == len(tokens)
+
+
+def ask_two(
+    engine: Engine, first: GenerationRequest, second: GenerationRequest, *, after: int
+) -> tuple[Listener, Listener]:
+    """The second is asked for in the engine's thread when the first has so many tokens: it goes the same every time."""
+    listeners = Listener(), Listener()
+
+    def listen(event: Event) -> None:
+        listeners[0](event)
+        if is_token(event) and len(listeners[0].tokens) == after:
+            engine.submit(second, listeners[1])
+
+    engine.submit(first, listen)
+    return listeners
+
+
+@pytest.mark.parametrize("attention", ["auto", "sparse"])
+def test_what_was_preempted_is_computed_as_the_first_time(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is below the threshold, 2048 tokens; prompt and output are above it. An output is always dense."""
+    real, calls = Qwen2Model.forward, []
+
+    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+        if cache.capacity >= 2048:
+            calls.append((cache.seqlen, cache.seqlen + ids.shape[0], options["sparse"]))
+        return real(self, ids, cache, **options)
+
+    model = MODEL.with_options(attention=attention)
+    short, long = prompt(20), prompt(2200)[-2040:]
+    memory = 19 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # two and 17 pages are in use when an 18th is wanted
+    with serving(model, max_model_len=2304, kv_cache_memory=memory, prefix_caching=False) as engine:
+        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        first, second = ask_two(
+            engine,
+            GenerationRequest(short, 200, stop_token_ids=frozenset()),
+            GenerationRequest(long, 150, stop_token_ids=frozenset()),
+            after=1,
+        )
+        assert first.end().stats.preemptions == 0
+        stats = second.end().stats
+        monkeypatch.undo()
+    sparse = attention == "sparse"
+    of_prompt = [(0, 512, sparse), (512, 1024, sparse), (1024, 1536, sparse), (1536, 2040, sparse)]
+    assert calls == [*of_prompt, *of_prompt, (2040, 2177, False)]
+    assert (stats.preemptions, stats.completion_tokens) == (1, 150)
+    assert first.tokens == expected(short, model, max_new_tokens=200)
+    assert second.tokens == expected(long, model, max_new_tokens=150)
+
+
+@pytest.mark.parametrize(("prefix_caching", "again"), [(True, 384), (False, 0)])
+def test_preemption_in_the_middle_of_a_prompt(
+    prefix_caching: bool, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress goes on from where it was, whether pages of the prompt are still known or have to be computed again."""
+    real, starts = Qwen2Model.forward, []
+
+    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+        if options["prompt_len"] == 1000:
+            starts.append(cache.seqlen)
+        return real(self, ids, cache, **options)
+
+    short, long = prompt(100), prompt(1200, seed=1)[-1000:]
+    options = {"max_model_len": 1024, "chunk_tokens": 128, "prefix_caching": prefix_caching}
+    memory = 9 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # all are in use when the first needs its second
+    with serving(kv_cache_memory=memory, **options) as engine:
+        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        first, second = ask_two(
+            engine,
+            GenerationRequest(short, 60, stop_token_ids=frozenset()),
+            GenerationRequest(long, 20, stop_token_ids=frozenset()),
+            after=27,
+        )
+        assert first.end().stats.preemptions == 0
+        stats = second.end().stats
+        monkeypatch.undo()
+    whole = list(range(0, 1000, 128))
+    assert starts == [0, 128, 256, *whole[again // 128 :]]
+    assert (stats.preemptions, stats.cached_tokens) == (1, 0)
+    assert [event.processed for event in second.progress] == [*whole, 1000]
+    assert first.tokens == expected(short, max_new_tokens=60)
+    assert second.tokens == expected(long)
 
 
 def test_queue_is_bounded() -> None:

@@ -270,9 +270,9 @@ class Engine:
         if self._prefilling is not None or len(self._decoding) >= self.options.max_num_seqs or not self._waiting:
             return
         sequence = self._waiting[0]
-        sparse = self.model.prefills_sparse(len(sequence.tokens))
+        prompt, total = sequence.prompt_len, len(sequence.tokens)  # more than the prompt after a preemption
+        sparse = self.model.prefills_sparse(prompt)
         sequence.use_salt(b"sparse" if sparse else b"dense")
-        total = len(sequence.tokens)
         # One token at least is left to compute logits from.
         prefix = self._pages.take_prefix(sequence.digests()[: (total - 1) // PAGE_SIZE])
         cached = len(prefix) * PAGE_SIZE
@@ -296,11 +296,13 @@ class Engine:
             self._prefilling = None
             self._failed([sequence], error)
             return
-        sequence.chunk_ends = chunk_ends(cached, total, self.chunk_tokens)
-        sequence.sparse = sparse and not (cached and total - cached <= DECODE_ROWS)
+        # The output so far in chunks of its own: the prompt's are then those they were the first time.
+        sequence.chunk_ends = chunk_ends(cached, prompt, self.chunk_tokens)
+        sequence.chunk_ends += chunk_ends(max(cached, prompt), total, self.chunk_tokens)
+        sequence.sparse = sparse and not (cached and prompt - cached <= DECODE_ROWS)
         if sequence.scheduled is None:
-            sequence.scheduled, sequence.cached_tokens = time.monotonic(), min(cached, sequence.prompt_len)
-            self._prefix_queries += sequence.prompt_len
+            sequence.scheduled, sequence.cached_tokens = time.monotonic(), cached
+            self._prefix_queries += prompt
             self._prefix_hits += sequence.cached_tokens
         self._report(sequence)
 
@@ -331,8 +333,8 @@ class Engine:
             logits = self.model.forward(
                 sequence.ids(start, end),
                 cache,
-                prompt_len=total,
-                sparse=sequence.sparse,
+                prompt_len=sequence.prompt_len,
+                sparse=sequence.sparse and start < sequence.prompt_len,
                 output="last" if end == total else "none",
                 stats=sequence.forward,
             )
@@ -432,9 +434,12 @@ class Engine:
         sequence.registered = full
 
     def _report(self, sequence: Sequence) -> None:
-        if sequence.num_new == 0 and sequence.cache is not None and sequence.scheduled is not None:
-            seconds = time.monotonic() - sequence.scheduled
-            sequence.tell(Progress(sequence.prompt_len, sequence.cached_tokens, sequence.cache.seqlen, seconds))
+        """Progress; after a preemption only from where it was before."""
+        cache = sequence.cache
+        if sequence.num_new == 0 and cache is not None and cache.seqlen > sequence.reported:
+            seconds = time.monotonic() - (sequence.scheduled or 0)
+            sequence.reported = cache.seqlen
+            sequence.tell(Progress(sequence.prompt_len, sequence.cached_tokens, cache.seqlen, seconds))
 
     def _end(self, sequence: Sequence) -> None:
         """Take the pages back."""

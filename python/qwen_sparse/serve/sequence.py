@@ -49,12 +49,14 @@ class Sequence:
         self.chunk_ends: list[int] = []
         """Where the prefill chunks end that are still to be computed."""
         self.sparse = False
-        """Whether these are sparse."""
+        """Whether those of the prompt are sparse."""
         self.salt = b""
         """What keys and values depend on besides the tokens: they differ between sparse and dense prefill."""
         self.registered = 0
         """Pages that the prefix cache knows."""
         self.scheduled: float | None = None
+        self.reported = -1
+        """Prompt tokens of which the listener has heard that they are done."""
         self.cached_tokens = 0
         self.preemptions = 0
         self.forward = ForwardStats(model.device)
