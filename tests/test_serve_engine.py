@@ -473,6 +473,20 @@ def test_refused_before_any_work() -> None:
         assert engine.snapshot().waiting == 0
 
 
+def test_the_model_s_limit() -> None:
+    """Pages are planned for the length that is taken, which the model's ``max_seq_len`` may make longer or shorter."""
+    longer, shorter = replace(DENSE, max_seq_len=2000), replace(DENSE, max_seq_len=300)
+    with serving(longer, max_model_len=None, max_num_seqs=1) as engine:
+        assert (engine.max_model_len, engine._pages.num_pages) == (2000, 16)
+        listener = ask(engine, prompt(1990)[:1980])[0]
+        listener.end()
+        assert listener.tokens == expected(prompt(1990)[:1980])
+    with serving(shorter, max_model_len=None, max_num_seqs=1) as engine:
+        assert (engine.max_model_len, engine._pages.num_pages) == (300, 3)
+    with pytest.raises(ValueError, match="max_model_len must be at most 300, the model's max_seq_len, got 2048"):
+        Engine(shorter, EngineOptions(max_model_len=2048))
+
+
 def test_short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     left = 10**6
     with serving(max_model_len=4096) as engine:

@@ -90,6 +90,7 @@ class Engine:
         num_pages = plan_pages(
             model.config,
             options,
+            longest=self.max_model_len,
             available=available_memory(model.device),
             kv_cache_dtype=model.kv_cache_dtype,
             dtype=model.dtype,
