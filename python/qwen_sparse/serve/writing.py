@@ -218,13 +218,12 @@ class CompletionWriter(Writer):
         )
 
     def _completion_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> CompletionLogprobs:
-        texts = [self._token_text(event.token_id) for event, _ in tokens]
         offsets = []
-        for text in texts:
+        for event, _ in tokens:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += len(event.text)
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[self._token_text(event.token_id) for event, _ in tokens],
             token_logprobs=[_finite(logprobs.chosen) for _, logprobs in tokens],
             top_logprobs=[self._alternatives(event, logprobs) for event, logprobs in tokens],
             text_offset=offsets,
