@@ -138,8 +138,7 @@ class Engine:
         """
         new = self._check(request)
         with self._changed:
-            if self._state != "running":
-                raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
+            self._check_running()
             if len(self._waiting) >= self.options.max_queue:
                 seconds = self._seconds_per_request * len(self._waiting) / self.options.max_num_seqs
                 raise QueueFullError(
@@ -149,11 +148,14 @@ class Engine:
         # Text and tokens are copied outside of the lock: prompts can be long. A few requests too many may get in.
         sequence = Sequence(request, new, listener, self.model)
         with self._changed:
-            if self._state != "running":
-                raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
+            self._check_running()
             self._waiting.append(sequence)
             self._changed.notify_all()
         return RequestHandle(self, sequence)
+
+    def _check_running(self) -> None:
+        if self._state != "running":
+            raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
 
     def _check(self, request: GenerationRequest) -> int:
         """The most tokens to generate."""
