@@ -470,7 +470,7 @@ def test_metrics(live: Live, engine: ScriptedEngine) -> None:
     before = metrics_of(live)
     engine.on_submit = answer("a", "b", "c")
     live.send("POST", CHAT, chat())
-    never_scheduled = Finished("length", "", None, stats(0, scheduled=None, first_token=None, density=None))
+    never_scheduled = Finished("length", "", stats(0, scheduled=None, first_token=None, density=None))
     engine.on_submit = lambda request: request.listener(never_scheduled)
     live.send("POST", CHAT, chat(stream=True))
     after = metrics_of(live)

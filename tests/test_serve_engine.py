@@ -129,7 +129,7 @@ def test_several_at_a_time(attention: Any, kv_cache_dtype: str) -> None:
         for tokens, listener in zip(prompts, listeners, strict=True):
             finished = listener.end()
             assert listener.tokens == expected(tokens, model)
-            assert (finished.reason, finished.stop) == ("length", None)
+            assert finished.reason == "length"
             assert finished.stats.prompt_tokens == len(tokens)
             assert finished.stats.completion_tokens == 20
             density = finished.stats.density
@@ -181,12 +181,10 @@ def test_stops() -> None:
         assert whole.end().reason == "length"
         assert whole.text.startswith(text.key)
         by_text = ask(engine, tokens, stop=(text.key[2:4],))[0]
-        finished = by_text.end()
-        assert (finished.reason, finished.stop) == ("stop", text.key[2:4])
+        assert by_text.end().reason == "stop"
         assert by_text.text == text.key[:2]
         by_token = ask(engine, tokens, stop_token_ids=frozenset([ord(text.key[3])]))[0]
-        finished = by_token.end()
-        assert (finished.reason, finished.stop) == ("stop", ord(text.key[3]))
+        assert by_token.end().reason == "stop"
         assert by_token.text == text.key[: text.key.index(text.key[3])]
         open_end = ask(engine, tokens, max_new_tokens=2, stop=(text.key[1:3],))[0]
         assert open_end.end().reason == "length"

@@ -393,7 +393,7 @@ class Engine:
             if ended is not None:
                 self._decoding.remove(sequence)
                 self._end(sequence)
-                sequence.finish(*ended)
+                sequence.finish(ended)
                 taken = sequence.stats()
                 self._seconds_per_request += (taken.finished - (taken.scheduled or 0) - self._seconds_per_request) / 8
 
