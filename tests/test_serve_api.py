@@ -42,7 +42,7 @@ def server(engine: ScriptedEngine) -> Iterator[Live]:
 
 @pytest.fixture
 def live(server: Live, engine: ScriptedEngine) -> Live:
-    engine.submitted, engine.refusal, engine.on_submit = [], None, lambda request: None
+    engine.submitted, engine.refusal, engine.healthy, engine.on_submit = [], None, True, lambda request: None
     server.records.clear()
     return server
 
@@ -508,7 +508,8 @@ def test_metrics(live: Live, engine: ScriptedEngine) -> None:
         assert after[prefix + name] == value, name
 
 
-def test_health(live: Live, engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("turn", ["first", "second"])  # nothing is left of the first
+def test_health(live: Live, engine: ScriptedEngine, turn: str) -> None:
     status, _, data = live.send("GET", "/health")
     assert (status, data) == (200, b"")
     engine.healthy = False  # a GPU that answers no more
