@@ -29,7 +29,8 @@ OPERATIONS = [
 NOTHING_TO_GET_WRONG = ("/health", "/metrics")
 
 BEYOND_SCHEMAS = re.compile(
-    "must have at least one token|goes with (stream|logprobs) = true only|must be equal where both are given|"
+    "must have at least one token|content must be a string or a list of text parts, got None|"
+    "goes with (stream|logprobs) = true only|must be equal where both are given|"
     "at most max_model_len = 160 tokens|vocab_size = 264"
 )
 """What a request that fits the document may be refused for."""
