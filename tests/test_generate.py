@@ -18,6 +18,7 @@ from qwen_sparse.decoding import decode
 from qwen_sparse.generate import StopStrings
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.sampling import Sampler
+from qwen_sparse.tokenizer import StreamDecoder
 
 VOCAB = TINY["vocab_size"]
 NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)
@@ -47,8 +48,9 @@ PROMPT = list(b"The grass is green. The sky is blue.")
     ],
 )
 def test_bad_options_are_refused_at_the_call(model: Qwen2Model, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(model, PROMPT, **options)  # not even iterated
+    for call in (generate, generate_text):
+        with pytest.raises(ValueError, match=message):
+            call(model, PROMPT, **options)  # not even iterated
 
 
 # --- Tokens ---
@@ -216,6 +218,15 @@ def test_stop_string(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None
     Scripted(monkeypatch, "one END two ENDE three")
     tokens = list(generate(model, list(b"Hi"), max_new_tokens=22, stop=["ENDE", "nothing"]))
     assert bytes(tokens) == b"one END two ENDE"
+
+
+def test_tokens_are_decoded_once(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[int] = []
+    push = StreamDecoder.push
+    monkeypatch.setattr(StreamDecoder, "push", lambda self, token: pushed.append(token) or push(self, token))
+    Scripted(monkeypatch, "one END two")
+    assert "".join(generate_text(model, "Hi", max_new_tokens=11, stop=["END"])) == "one "
+    assert bytes(pushed) == b"one END"
 
 
 def test_nothing_follows_a_stop_string() -> None:
