@@ -2,10 +2,10 @@
 
     python bench/bench_serve.py --shape 0.5b --layers 8 --document 16384 --output bench/results/serve_cpu.json
 
-The engine is asked directly, without HTTP, and decodes greedily. Three measurements:
+The engine is asked directly, without HTTP, and decodes greedily but where a temperature is named. Three measurements:
 
 - **decode**: requests of equal prompts' length at the same time; tokens per second of all, from the moment the last one
-  has its first token to the moment the first one ends.
+  has its first token to the moment the first one ends. Greedily, and with temperature 1, the server's default.
 - **reuse**: time to first token of a question behind a document, cold and then with another question.
 - **beside**: gaps between the tokens of an answer while the document of another request is read, and without one.
 
@@ -27,6 +27,7 @@ import torch
 
 from checkpoint import SHAPES, model_config, random_weights
 from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve.engine import Engine, EngineOptions
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken
 from report import add_device_argument, add_output_argument, finish, print_environment, print_table
@@ -78,24 +79,32 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ask(engine: Engine, tokens: list[int], new_tokens: int) -> Answer:
-    answer = Answer()
-    engine.submit(GenerationRequest(tokens, max_new_tokens=new_tokens, stop_token_ids=frozenset()), answer)
+def ask(engine: Engine, tokens: list[int], new_tokens: int, temperature: float = 0.0) -> Answer:
+    answer, sampler = Answer(), Sampler(temperature=temperature, seed=0)
+    engine.submit(GenerationRequest(tokens, new_tokens, sampler, stop_token_ids=frozenset()), answer)
     return answer
 
 
 def measure_decode(engine: Engine, arguments: argparse.Namespace, prompts: list[list[int]]) -> list[dict[str, Any]]:
     rows = []
-    for batch in arguments.batches:
+    for batch, temperature in itertools.product(arguments.batches, (0.0, 1.0)):
         # The first ones wait for the prefill of the last: they get tokens enough to be there when all are.
         spare = [2 * (batch - number) for number in range(batch)]
-        answers = [ask(engine, prompts[n], arguments.new_tokens + spare[n]) for n in range(batch)]
+        answers = [ask(engine, prompts[n], arguments.new_tokens + spare[n], temperature) for n in range(batch)]
         for answer in answers:
             answer.finished()
         together = max(answer.tokens[0] for answer in answers), min(answer.tokens[-1] for answer in answers)
         count = sum(together[0] < when <= together[1] for answer in answers for when in answer.tokens)
         rate = count / (together[1] - together[0])
-        rows.append({"measurement": "decode", "batch": batch, "tokens": count, "tokens_per_second": rate})
+        rows.append(
+            {
+                "measurement": "decode",
+                "batch": batch,
+                "temperature": temperature,
+                "tokens": count,
+                "tokens_per_second": rate,
+            }
+        )
     return rows
 
 
@@ -184,8 +193,12 @@ def main() -> None:
     engine.shutdown(drain=True)
 
     print_table(
-        ["decode together", "tokens/s"],
-        [[str(row["batch"]), f"{row['tokens_per_second']:.1f}"] for row in rows if row["measurement"] == "decode"],
+        ["decode together", "temperature", "tokens/s"],
+        [
+            [str(row["batch"]), f"{row['temperature']:g}", f"{row['tokens_per_second']:.1f}"]
+            for row in rows
+            if row["measurement"] == "decode"
+        ],
     )
     print_table(
         ["question", "tokens", "cached", "first token"],

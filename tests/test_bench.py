@@ -436,9 +436,9 @@ def test_bench_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [str(part) for option in sizes.items() for part in option]
     monkeypatch.setattr("sys.argv", ["bench_serve.py", "--shape", "tiny", "--batches", "1", "3", *options])
     bench_serve.main()
-    decode_1, decode_3, cold, second, alone, beside = json.loads(output.read_text())["rows"]
-    assert decode_1["tokens"] > 8 - 2
-    assert decode_3["tokens"] > 3 * (8 - 2)
+    *decode, cold, second, alone, beside = json.loads(output.read_text())["rows"]
+    assert [(row["batch"], row["temperature"]) for row in decode] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert all(row["tokens"] > row["batch"] * (8 - 2) for row in decode)
     assert (cold["cached_tokens"], second["cached_tokens"]) == (0, 1000 // 128 * 128)
     assert cold["prompt_tokens"] == second["prompt_tokens"] == 1064
     assert alone["gaps"] == 32

@@ -26,7 +26,7 @@ from qwen_sparse.chat import ChatSession, Turn, _show
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
 from qwen_sparse.models.qwen2 import Qwen2Model
-from qwen_sparse.tokenizer import Tokenizer
+from qwen_sparse.tokenizer import StreamDecoder, Tokenizer
 
 MODEL = str(files("qwen_sparse") / "assets" / "passkey")
 QUESTION = "What is the pass key? The pass key is "
@@ -145,12 +145,17 @@ def test_a_document_is_not_encoded_again(model: Qwen2Model, monkeypatch: pytest.
     assert_as_cold(model, session, max_new_tokens=4)
 
 
-def test_stop_strings_end_an_answer(passkey_model: Qwen2Model) -> None:
+def test_stop_strings_end_an_answer(passkey_model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     document, key = passkey_document()
+    decoded: list[int] = []
+    push = StreamDecoder.push
+    monkeypatch.setattr(StreamDecoder, "push", lambda self, token: decoded.append(token) or push(self, token))
     session = ChatSession(passkey_model, stop=[key[2:4]])
     session.add_documents(document)
     turn = session.ask(QUESTION, ignore)
     assert turn.answer == key[:2]
+    assert bytes(turn.tokens).decode() == key[:4]
+    assert decoded == turn.tokens  # once, and none behind the stop string
     assert session.ask(QUESTION, ignore).cached_tokens == turn.cached_tokens + turn.new_tokens + len(turn.answer)
 
 

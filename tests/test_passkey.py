@@ -106,12 +106,10 @@ def test_bfloat16() -> None:
     assert found(demo.load_passkey_model("bfloat16"), "dca+sparse", 16) == [True] * 3
 
 
-@pytest.mark.slow
 def test_sixty_four_times_the_trained_length(model: Qwen2Model) -> None:
     assert found(model, "dca+sparse", 64) == [True] * 3
 
 
-@pytest.mark.slow
 def test_dense_dual_chunk_at_sixty_four_times(model: Qwen2Model) -> None:
     prompt = passkey.make_prompt(64 * demo.TRAINED_LENGTH, 0.5, seed=17)
     assert demo.retrieve(model, "dca", prompt).correct
@@ -127,7 +125,6 @@ def answer_log_probability(model: Qwen2Model, prompt: passkey.PasskeyPrompt) -> 
     return float(log_probabilities[torch.arange(len(key)), key].sum())
 
 
-@pytest.mark.slow
 def test_the_temperature_of_dual_chunk_attention_is_needed(model: Qwen2Model) -> None:
     """At 64 times the trained length the softmax dilutes: without m squared, keys next to the question are lost."""
     dual_chunk = model.config.dual_chunk

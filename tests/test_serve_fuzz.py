@@ -16,7 +16,6 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from qwen_sparse.serve.responses import ChatChunk, Completion
 from serving import CHAT, COMPLETIONS, Live, events_of, live_server, running_engine
 
-pytestmark = pytest.mark.slow
 HEADERS = {"Authorization": "Bearer key"}
 OPERATIONS = [
     ("POST", CHAT, 150),

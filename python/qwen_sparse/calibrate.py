@@ -36,11 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import SparseConfig, read_json, served_columns
+from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.qwen2 import Queries, Qwen2Model
 from .passkey import make_prompt
 from .prefill import chunk_ends, token_tensor
-from .testing import machine
 
 __all__ = [
     "BASE_LENGTH",
