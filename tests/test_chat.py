@@ -266,7 +266,7 @@ def test_refused_questions_and_documents_are_taken_back(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, r"temperature must be >= 0, got -1\.0"),
+        ({"temperature": -1.0}, r"temperature must be >= 0 and finite, got -1\.0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
         ({"chunk_tokens": 0}, "chunk_tokens must be >= 1, got 0"),
         ({"stop": [""]}, "stop must be non-empty strings"),
@@ -417,7 +417,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     ("options", "message"),
     [
         (["--file", "absent.txt"], "absent.txt"),
-        (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (["--temperature", "-1"], "temperature must be >= 0 and finite, got -1.0"),
         (["--file", __file__, "--max-seq-len", "1000"], "at most max_seq_len = 1000 tokens"),
     ],
 )

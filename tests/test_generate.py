@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,13 +39,32 @@ PROMPT = list(b"The grass is green. The sky is blue.")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be >= 0 and finite, got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0 and finite, got 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
         ({"stop": ["a", ""]}, "stop must be non-empty strings"),
         ({"chunk_tokens": 0}, "chunk_tokens must be >= 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 1, got True"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens must be an integer >= 1, got 1.5"),
+        ({"top_k": 1.5}, "top_k must be an integer >= 0, got 1.5"),
+        ({"top_p": "1"}, "top_p must be a number, got '1'"),
+        ({"seed": 2**64}, rf"seed must be in \[-{2**63}, {2**64 - 1}\], got {2**64}"),
+        ({"seed": -(2**63) - 1}, r"seed must be in \["),
+        ({"seed": "a"}, r"seed must be an integer in \[.*\], got 'a'"),
+        ({"temperature": 1e-310}, "temperature must be 0 or >= 1e-250, got 1e-310"),
+        ({"temperature": float("nan")}, "temperature must be >= 0 and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be >= 0 and finite, got inf"),
+        ({"cached_ids": [1.5]}, "cached_ids must be integers, got torch.float32"),
+        ({"cached_ids": torch.tensor(3)}, r"cached_ids must have shape \[n\] with n >= 0, got \[\]"),
+        ({"cached_ids": [260]}, r"cached_ids must be in \[0, vocab_size = 260\), got 260"),
+        ({"stop_token_ids": "ab"}, "stop_token_ids must be token ids .* got a string"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids must be a flat sequence of integers"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids must be integers, got torch.float32"),
+        ({"stop_token_ids": [-1]}, r"stop_token_ids must be in \[0, vocab_size = 260\), got -1"),
+        ({"stop_token_ids": 5}, r"stop_token_ids must have shape \[n\]"),
     ],
 )
 def test_bad_options_are_refused_at_the_call(model: Qwen2Model, options: dict[str, Any], message: str) -> None:
@@ -75,7 +95,14 @@ def test_end_tokens(model: Qwen2Model) -> None:
     ending = model.with_options(config=replace(model.config, eos_token_ids=(end,)))
     assert list(generate(ending, PROMPT, max_new_tokens=10)) == before
     assert list(generate(ending, PROMPT, max_new_tokens=10, stop_token_ids=())) == expected
-    assert list(generate(model, PROMPT, max_new_tokens=10, stop_token_ids=[end])) == before
+    for stop in (
+        [end],
+        {end},
+        np.array([end], np.uint16),
+        torch.tensor([end]),
+        torch.tensor([end], dtype=torch.uint16),
+    ):
+        assert list(generate(model, PROMPT, max_new_tokens=10, stop_token_ids=stop)) == before
 
 
 def test_sampling_is_repeatable(model: Qwen2Model) -> None:

@@ -185,11 +185,27 @@ def test_reserved_pages_are_not_counted_again(model: Qwen2Model, monkeypatch: py
         ("text", "must be token ids"),
         ([None], "must be a flat sequence of integers"),
         ([True, False], "must be integers, got torch.bool"),
+        (
+            torch.tensor([2**64 - 1], dtype=torch.uint64),
+            r"must be in \[0, vocab_size = 260\), got 18446744073709551615",
+        ),
+        (torch.tensor([40_000], dtype=torch.uint16), r"must be in \[0, vocab_size = 260\), got 40000"),
     ],
 )
 def test_bad_tokens(model: Qwen2Model, input_ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prefill(model, input_ids)
+
+
+INTEGERS = ["uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_of_every_dtype(model: Qwen2Model, dtype: str) -> None:
+    ids = [3, 255, 128]
+    expected = prefill(model, ids).logits
+    for given in (torch.tensor(ids, dtype=getattr(torch, dtype)), np.array(ids, dtype)):
+        torch.testing.assert_close(prefill(model, given).logits, expected, rtol=0, atol=0)
 
 
 def test_bad_arguments(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:

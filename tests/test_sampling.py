@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY
-from qwen_sparse.sampling import Sampler
+from qwen_sparse.sampling import LEAST_TEMPERATURE, SEEDS, Sampler
 
 VOCAB = TINY["vocab_size"]
 NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)
@@ -197,6 +198,17 @@ def test_repetition_penalty_of_transformers() -> None:
         seen[0, prompt] = True
         expected = RepetitionPenaltyLogitsProcessor(1.7)(prompt[None], logits[None].clone())[0].argmax()
         assert sample(Sampler(repetition_penalty=1.7), logits, seen=seen) == [int(expected)]
+
+
+def test_the_lowest_temperature_takes_the_most_likely_token() -> None:
+    logits = torch.full((VOCAB,), -torch.finfo(torch.float32).max)
+    logits[[3, 7]] = torch.tensor([1e38, torch.finfo(torch.float32).max])
+    assert sample(Sampler(temperature=LEAST_TEMPERATURE), logits, 0.99) == [7]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seeds_at_the_bounds(seed: int) -> None:
+    assert Sampler(seed=seed).draws(1).tolist() == Sampler(seed=np.array(seed)[()]).draws(1).tolist()
 
 
 def test_seeds() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from .arguments import check_integer
 from .decoding import decode
 from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
@@ -73,7 +74,7 @@ def generate(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] | None = None,
+    stop_token_ids: Collection[int] | Tensor | None = None,
     seed: int | None = None,
     cache: PagedKVCache | None = None,
     cached_ids: Sequence[int] | Tensor = (),
@@ -117,8 +118,7 @@ def generate(
     """
     sampler = Sampler(temperature, top_p, top_k, repetition_penalty, seed)
     stopper = StopStrings(stop)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, least=1)
     tokens = token_tensor(model, input_ids)
     check_request(
         model,
@@ -127,8 +127,11 @@ def generate(
         chunk_tokens=default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens,
         max_new_tokens=max_new_tokens,
     )
-    penalised = tokens if len(cached_ids) == 0 else torch.cat((token_tensor(model, cached_ids), tokens))
-    ends = frozenset(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
+    penalised = torch.cat((token_tensor(model, cached_ids, "cached_ids", allow_empty=True), tokens))
+    if stop_token_ids is None:
+        ends = frozenset(model.config.eos_token_ids)
+    else:
+        ends = frozenset(token_tensor(model, stop_token_ids, "stop_token_ids", allow_empty=True).tolist())
     decoder = StreamDecoder(model.tokenizer if tokenizer is None else tokenizer) if stop else None
     cache = model.new_cache() if cache is None else cache
 
@@ -166,7 +169,7 @@ def generate_text(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] | None = None,
+    stop_token_ids: Collection[int] | Tensor | None = None,
     seed: int | None = None,
     cache: PagedKVCache | None = None,
     cached_ids: Sequence[int] | Tensor = (),

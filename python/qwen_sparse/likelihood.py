@@ -59,7 +59,7 @@ def likelihoods(
         ValueError: bad tokens, more targets than tokens, a foreign cache, or a sequence over ``model.max_seq_len``.
         MemoryError: the estimate exceeds the memory that is left.
     """
-    tokens, wanted = token_tensor(model, input_ids), token_tensor(model, targets)
+    tokens, wanted = token_tensor(model, input_ids), token_tensor(model, targets, "targets")
     if len(wanted) > len(tokens):
         raise ValueError(f"targets must be at most as many as input_ids, {len(tokens)}, got {len(wanted)}")
     chunk_tokens = default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens

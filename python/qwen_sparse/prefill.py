@@ -7,7 +7,7 @@ committed to the cache: an interrupt or an error loses at most the chunk that wa
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .arguments import check_integer
 from .kv_cache import PagedKVCache, resolve_kv_cache_dtype
 from .memory import (
     available_memory,
@@ -78,7 +79,7 @@ def prefill(
 
     Args:
         model: the model.
-        input_ids: the new tokens, a sequence of ints or an integer tensor ``[n]``.
+        input_ids: the new tokens, a sequence of ints or a tensor ``[n]`` of any integer dtype.
         chunk_tokens: rows per prefill chunk; when None, 16384 on a CPU and 32768 on a GPU. Dense results do not
             depend on it up to rounding; sparse indexes are chosen once per chunk.
         cache: continue this cache (``model.new_cache()`` or an earlier result's); a new one when None. When
@@ -168,28 +169,45 @@ def chunk_ends(start: int, total: int, chunk_tokens: int) -> list[int]:
     return ends
 
 
-def token_tensor(model: Qwen2Model, input_ids: Sequence[int] | Tensor) -> Tensor:
-    """``input_ids`` as int64 ``[n]`` on the model's device.
+def token_tensor(
+    model: Qwen2Model,
+    token_ids: Collection[int] | Tensor,
+    name: str = "input_ids",
+    *,
+    allow_empty: bool = False,
+) -> Tensor:
+    """Token ids as int64 ``[n]`` on the model's device.
+
+    Args:
+        model: the model.
+        token_ids: a list, set or array of integers, or a tensor ``[n]`` of any integer dtype.
+        name: the argument that they come from, for errors.
+        allow_empty: whether n may be 0.
 
     Raises:
         ValueError: not one-dimensional, empty, not integers, or an id outside the vocabulary.
     """
-    if isinstance(input_ids, str):
-        raise ValueError("input_ids must be token ids (see model.tokenizer.encode), got a string")
+    if isinstance(token_ids, str):
+        raise ValueError(f"{name} must be token ids (see model.tokenizer.encode), got a string")
+    if isinstance(token_ids, Set):
+        token_ids = tuple(token_ids)
     try:
-        tokens = input_ids if isinstance(input_ids, Tensor) else torch.as_tensor(input_ids)
+        tokens = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"input_ids must be a flat sequence of integers: {error}") from error
-    if tokens.ndim != 1 or tokens.shape[0] == 0:
-        raise ValueError(f"input_ids must have shape [n] with n >= 1, got {list(tokens.shape)}")
+        raise ValueError(f"{name} must be a flat sequence of integers: {error}") from error
+    if tokens.ndim != 1 or (tokens.shape[0] == 0 and not allow_empty):
+        least = 0 if allow_empty else 1
+        raise ValueError(f"{name} must have shape [n] with n >= {least}, got {list(tokens.shape)}")
+    if tokens.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=model.device)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"input_ids must be integers, got {tokens.dtype}")
+        raise ValueError(f"{name} must be integers, got {tokens.dtype}")
+    unsigned, tokens = tokens.dtype == torch.uint64, tokens.to(torch.int64)  # torch finds no minimum of unsigned ones
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.config.vocab_size:
-        raise ValueError(
-            f"input_ids must be in [0, vocab_size = {model.config.vocab_size}), got {low if low < 0 else high}"
-        )
-    return tokens.to(device=model.device, dtype=torch.int64)
+        wrong = high if low >= 0 else low % 2**64 if unsigned else low
+        raise ValueError(f"{name} must be in [0, vocab_size = {model.config.vocab_size}), got {wrong}")
+    return tokens.to(model.device)
 
 
 def check_request(
@@ -215,8 +233,7 @@ def check_request(
         ValueError: a bad chunk size, a cache of another model, or a sequence longer than ``max_seq_len``.
         MemoryError: weights aside, the estimate exceeds what is available; the message has both.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"prefill: chunk_tokens must be >= 1, got {chunk_tokens}")
+    check_integer("chunk_tokens", chunk_tokens, least=1)
     if cache is not None:
         _check_cache(model, cache)
     cached = 0 if cache is None else cache.seqlen

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .arguments import check_integer, check_number
+
 __all__ = ["Sampler"]
+
+LEAST_TEMPERATURE = 1e-250
+"""But for 0. Over it, no float32 overflows the float64 that probabilities are computed in."""
+SEEDS = (-(2**63), 2**64 - 1)
+"""The least and the most that torch's generators take."""
 
 _WHOLE = 2.0**52  # what probabilities, as integers, sum up to
 
@@ -21,7 +29,7 @@ class Sampler:
     """
 
     temperature: float = 0.0
-    """0 takes the most likely token."""
+    """0 takes the most likely token; others are at least 1e-250."""
     top_p: float = 1.0
     """Smallest set of most likely tokens whose probabilities sum to this; 1 for all."""
     top_k: int = 0
@@ -29,17 +37,22 @@ class Sampler:
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens seen before, multiplies negative ones; 1 for none."""
     seed: int | None = None
-    """Equal seeds give equal tokens on the same device; None draws a new one."""
+    """Equal seeds give equal tokens on the same device; None draws a new one. In [-2**63, 2**64)."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            check_number(name, getattr(self, name))
         for name, valid, rule in (
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < math.inf, ">= 0 and finite"),
+            ("temperature", not 0 < self.temperature < LEAST_TEMPERATURE, f"0 or >= {LEAST_TEMPERATURE}"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, ">= 0"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0 and finite"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+        check_integer("top_k", self.top_k, least=0)
+        if self.seed is not None:
+            check_integer("seed", self.seed, least=SEEDS[0], most=SEEDS[1])
 
     def draws(self, count: int) -> Tensor:
         """The random numbers of ``count`` tokens: float64 ``[count]`` in [0, 1), on the CPU."""
@@ -47,7 +60,7 @@ class Sampler:
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed(int(self.seed))
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
     def __call__(self, logits: Tensor, seen: Tensor, draws: Tensor) -> Tensor:
