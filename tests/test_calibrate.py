@@ -341,6 +341,11 @@ def test_files_that_are_there(model: Qwen2Model, tmp_path: Path) -> None:
         ({"last_q": 65}, r"last_q must be in \[1, 64\], got 65"),
         ({"pairs": []}, r"pairs must be \(V, S\) with V, S >= 0 and not both 0, got \[\]"),
         ({"pairs": [(0, 0)]}, "not both 0"),
+        ({"pairs": [(99999999999999999999, 1)]}, r"V of pairs must be in \[0, 2147483647\], got 99999999999999999999"),
+        ({"pairs": [(1, 10**30)]}, r"S of pairs must be in \[0, 2147483647\], got 10{30}"),
+        ({"pairs": [(-1, 1)]}, r"V of pairs must be in \[0, 2147483647\], got -1"),
+        ({"pairs": [(1.5, 1)]}, "V of pairs must be an integer in .*, got 1.5"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens must be an integer >= 1, got 1.5"),
     ],
 )
 def test_arguments(write_checkpoint: WriteCheckpoint, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -421,6 +426,13 @@ def test_command_line(write_checkpoint: WriteCheckpoint, tmp_path: Path, capsys:
     for length in (1100, 6, 0, -3):
         assert main([*command, "--length", str(length), "--file", str(text), "-o", str(tmp_path / "c.json")]) == 2
         assert f"--length must be in [1, 5], the tokens of {text}, got {length}" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:  # what does not fit is refused before its text is made
+        patch.setattr("qwen_sparse.calibrate.make_prompt", None)
+        options = ["--synthetic", "--length", "99999999999", "-o", str(tmp_path / "c.json")]
+        assert main([*command, *options]) == 2
+    assert "calibrating on 99999999999 tokens is estimated to need" in capsys.readouterr().err
+    assert main([*command, "--synthetic", "--pair", "9" * 20, "1", "-o", str(tmp_path / "c.json")]) == 2
+    assert "V of pairs must be in [0, 2147483647], got 99999999999999999999" in capsys.readouterr().err
     text.write_text("")
     assert main([*command, "--file", str(text), "-o", str(tmp_path / "c.json")]) == 2
     assert f"--file: {text} must have text, and has none" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qwen_sparse
 from conftest import DUAL_CHUNK, WriteCheckpoint
@@ -104,7 +106,17 @@ def test_chat(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "x", "--dtype", "int4"], "dtype must be one of bfloat16, float16, float32, got 'int4'"),
         (["--prompt", "x", "--device", "mps"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'mps'"),
         (["--prompt", "x", "--device", "cuda:99"], "got 'cuda:99'"),
-        (["--prompt", "x", "--threads", "0"], "--threads must be >= 1, got 0"),
+        (["--prompt", "x", "--threads", "0"], f"--threads must be in [1, {4 * (os.cpu_count() or 1)}]"),
+        (["--prompt", "x", "--threads", "100000"], "CPUs, got 100000"),
+        (["--prompt", "x", "--threads", "99999999999"], "CPUs, got 99999999999"),
+        (["--prompt", "x", "--seed", str(2**64)], f"seed must be in [-{2**63}, {2**64 - 1}], got {2**64}"),
+        (["--prompt", "x", "--temperature", "1e-310"], "temperature must be 0 or >= 1e-250, got 1e-310"),
+        (
+            ["--prompt", "x", "--coverage", "0.9", "--dense"],
+            "--coverage is of sparse prefill and cannot go with --dense",
+        ),
+        (["--prompt", ""], "--prompt must have text, and has none"),
+        (["--prompt", "x", "--model", ""], "--model must not be empty"),
         (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--prompt", "x", "--truncate", "tail"], "--truncate needs --max-seq-len"),
         (
@@ -126,6 +138,46 @@ def test_errors_are_one_line(
     assert err.startswith("qwen-sparse generate: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_a_file_that_is_not_utf8_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("Grüße".encode("latin-1"))
+    rule = "must be UTF-8 text, and is not UTF-8 at byte 2"
+    for command, options in {
+        "generate": ["--file", file],
+        "calibrate": ["--file", file, "--length", "3", "-o", tmp_path / "out.json"],
+    }.items():
+        code, out, err = run(capsys, command, "--model", checkpoint, *options)
+        assert (code, out, err) == (2, "", f"qwen-sparse {command}: {file} {rule}\n")
+    monkeypatch.setattr("sys.stdin", file.open(encoding="utf-8"))
+    _, _, err = run(capsys, "generate", "--model", checkpoint, "--file", "-")
+    assert err == f"qwen-sparse generate: standard input {rule}\n"
+    (checkpoint / "chat_template.jinja").write_bytes(file.read_bytes())
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x", "--chat")
+    assert (code, err) == (2, f"qwen-sparse generate: {checkpoint / 'chat_template.jinja'} {rule}\n")
+
+
+def test_a_broken_model_is_one_line(write_checkpoint: WriteCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_checkpoint(tokenizer=True)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, directory / "model.safetensors")
+    code, _, err = run(capsys, "generate", "--model", directory, "--prompt", "x")
+    assert (code, err) == (2, "qwen-sparse generate: generate: the logits of new token 0 are not finite\n")
+
+
+def test_out_of_memory_is_said(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("qwen_sparse.options.load_model", fail)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "x")
+    assert (code, err) == (2, "qwen-sparse generate: out of memory\n")
 
 
 def test_wrong_model_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +271,19 @@ def test_device_of_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     code, out, err = run(capsys, "demo", "--device", "cuda:99", "--dtype", "bfloat16", "--output", tmp_path / "demo")
     assert (code, out) == (2, "")
     assert "got 'cuda:99'" in err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_demo_that_does_not_fit_is_refused_before_its_prompt_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("a prompt was made")
+
+    monkeypatch.setattr("qwen_sparse.demo.make_prompt", fail)
+    code, out, err = run(capsys, "demo", "--length", "999999999", "--output", tmp_path / "demo")
+    assert (code, out) == (2, "")
+    assert "a sequence of 511999999488 tokens is estimated to need" in err
     assert not (tmp_path / "demo").exists()
 
 

@@ -462,6 +462,9 @@ def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"passkey +dca\+sparse +\d+\.\d%", out)
 
 
+LATIN = "<a file that is not UTF-8>"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -472,6 +475,10 @@ def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["passkey", "--chat"], "this tokenizer has no chat template"),
         (["qa", "--questions", "absent.jsonl"], "absent.jsonl"),
         (["perplexity", "--text", "absent.txt"], "absent.txt"),
+        (["perplexity", "--text", LATIN], "latin.txt must be UTF-8 text, and is not UTF-8 at byte 2"),
+        (["recall", "--text", LATIN], "latin.txt must be UTF-8 text, and is not UTF-8 at byte 2"),
+        (["passkey", "--haystack", LATIN], "latin.txt must be UTF-8 text, and is not UTF-8 at byte 2"),
+        (["qa", "--questions", LATIN], "latin.txt must be UTF-8 text, and is not UTF-8 at byte 2"),
         (["recall", "--text", "absent.txt"], "absent.txt"),
         (["recall", "--synthetic", "--lengths", "1k", "--modes", "dca"], "modes must be sparse ones without int8"),
     ],
@@ -479,6 +486,9 @@ def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_errors_are_one_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Grüße".encode("latin-1"))
+    arguments = [str(latin) if part == LATIN else part for part in arguments]
     code, out, err = run(capsys, "eval", *arguments, "--model", tiny, "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert err.startswith("qwen-sparse eval: ")

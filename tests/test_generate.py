@@ -73,6 +73,11 @@ def test_bad_options_are_refused_at_the_call(model: Qwen2Model, options: dict[st
             call(model, PROMPT, **options)  # not even iterated
 
 
+def test_an_empty_prompt_is_named(model: Qwen2Model) -> None:
+    with pytest.raises(ValueError, match="prompt must have at least one token, got ''"):
+        generate_text(model, "")
+
+
 # --- Tokens ---
 
 

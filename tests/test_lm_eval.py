@@ -289,3 +289,16 @@ def test_a_local_task_end_to_end(model: Qwen2Model, tmp_path: Path) -> None:
         total += rolling
     expected = torch.tensor(-total / sum(len(document["text"]) for document in documents)).exp()
     assert scores["local_text"]["byte_perplexity,none"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_without_the_harness() -> None:
+    """In a process of its own, which cannot import it; one line on the command line."""
+    hide = "import sys; sys.modules['lm_eval'] = None; "
+    for code, status in (
+        ("import runpy; runpy.run_module('qwen_sparse.lm_eval', run_name='__main__')", 2),
+        ("import qwen_sparse.lm_eval", 1),
+    ):
+        result = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, check=False)
+        assert result.returncode == status
+        assert "qwen_sparse.lm_eval needs the extra [lm-eval]: pip install 'lm-eval" in result.stderr
+        assert status == 1 or result.stderr.count("\n") == 1

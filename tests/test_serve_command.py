@@ -159,8 +159,12 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "no/such/directory/anywhere"], "no model directory at no/such/directory/anywhere"),
         (["--model", MODEL, "--port", "70000"], "--port must be in [0, 65535], got 70000"),
         (["--model", MODEL, "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0: "),
-        (["--model", MODEL, "--threads", "0"], "--threads must be >= 1, got 0"),
-        (["--model", MODEL, "--max-queue", "0"], "max_queue must be >= 1, got 0"),
+        (["--model", MODEL, "--threads", "0"], "--threads must be in [1, "),
+        (["--model", ""], "--model must not be empty"),
+        (["--model", MODEL, "--coverage", "0.9", "--dense"], "--coverage is of sparse prefill and cannot go with"),
+        (["--model", MODEL, "--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be >= 1, got 0"),
+        (["--model", MODEL, "--kv-cache-memory-bytes", "-1"], "--kv-cache-memory-bytes must be >= 1, got -1"),
+        (["--model", MODEL, "--max-queue", "0"], "--max-queue must be >= 1, got 0"),
         (["--model", MODEL, "--memory-utilization", "2"], "memory_utilization must be in (0, 1], got 2.0"),
         (["--model", MODEL, "--api-key", ""], "--api-key and QWEN_SPARSE_API_KEY must not be empty"),
         (["--model", MODEL, "--served-model-name", ""], "--served-model-name must not be empty"),
@@ -208,8 +212,33 @@ def test_weights_that_are_missing(capsys: pytest.CaptureFixture[str], write_chec
 def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     error = fails(capsys, "--model", MODEL)
-    assert "serving needs the packages of an extra: pip install 'qwen-sparse[serve]'" in error
+    assert "serving needs the packages of an extra: pip install --no-build-isolation '.[serve]'" in error
     assert package in error
+
+
+ORIGINS = ["*", "null", "https://example.org", "http://localhost:3000", "http://[::1]:8080", "chrome-extension://abc"]
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_origins(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    monkeypatch.setattr(command, "_serve", lambda args, *_: 7 if args.allowed_origin == [origin] else 1)
+    assert main(["serve", "--model", MODEL, "--port", "0", "--allowed-origin", origin]) == 7
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("origin", "rule"),
+    [
+        *((origin, "must be scheme://host or scheme://host:port") for origin in ("foo", "", "example.org", "http://")),
+        *((f"https://{rest}", "must be scheme://host") for rest in ("a.org/", "a.org/x", "A.org", "u@a.org", "a:b")),
+        ("https://a.org:443", "must leave out https's default port"),
+        ("http://a.org:80", "must leave out http's default port"),
+    ],
+)
+def test_what_is_no_origin(capsys: pytest.CaptureFixture[str], origin: str, rule: str) -> None:
+    error = fails(capsys, "--model", MODEL, "--port", "0", "--allowed-origin", origin)
+    assert f"--allowed-origin {rule}" in error
+    assert error.endswith(f"got {origin!r}\n")
 
 
 def test_names(tmp_path: Path) -> None:

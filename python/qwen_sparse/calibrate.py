@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .arguments import check_integer, check_number
 from .config import SparseConfig, read_json, served_columns
 from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
@@ -49,6 +50,7 @@ __all__ = [
     "HeadBudget",
     "LayerRecall",
     "calibrate",
+    "check_length",
     "choose_base",
     "measure_budgets",
     "refine",
@@ -59,6 +61,8 @@ BASE_PAIRS = ((30, 800), (100, 750), (500, 700), (1000, 6096), (3500, 100))
 """(V, S) as budgets write them: V = 30 means 130."""
 BASE_LENGTH = 32768
 """Tokens on which base pairs are compared, unless the prompt is shorter."""
+
+_MOST_BUDGET = 2**31 - 1  # index lists are int32
 
 Sizes = tuple[int, int]
 Measure = Callable[[Sequence[Sizes]], tuple[list[float], list[int]]]
@@ -346,8 +350,7 @@ def measure_budgets(
     tokens = token_tensor(model, input_ids)
     length = tokens.shape[0]
     chunk_tokens = default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens
-    if chunk_tokens < 1:
-        raise ValueError(f"measure_budgets: chunk_tokens must be >= 1, got {chunk_tokens}")
+    check_integer("measure_budgets: chunk_tokens", chunk_tokens, least=1)
     _check_memory(model, length, chunk_tokens)
     hidden, ends = F.embedding(tokens, model.weights.embedding), chunk_ends(0, length, chunk_tokens)
     layers = []
@@ -373,8 +376,7 @@ def synthetic_tokens(model: Qwen2Model, length: int, seed: int) -> list[int]:
     Raises:
         ValueError: fewer than 1024 tokens, which the prompt's fixed parts could fill.
     """
-    if length < 1024:
-        raise ValueError(f"synthetic_tokens: length must be >= 1024, got {length}")
+    check_integer("synthetic_tokens: length", length, least=1024)
     size, tokens = length, list[int]()
     while len(tokens) < length:  # a token is at most a few bytes, and at least about one
         prompt = make_prompt(size, 0.5, seed=seed, filler="sentences", second_label="door code")
@@ -415,19 +417,16 @@ class _Search:
     chunk_tokens: int
 
     def check(self, model: Qwen2Model) -> None:
-        if not 0 < self.recall <= 1:
+        if not 0 < check_number("calibrate: recall", self.recall) <= 1:
             raise ValueError(f"calibrate: recall must be in (0, 1], got {self.recall}")
         for name, most in (("base_length", self.length), ("last_q", 64), ("step", None), ("chunk_tokens", None)):
-            value = getattr(self, name)
-            if value < 1 or (most is not None and value > most):
-                rule = ">= 1" if most is None else f"in [1, {most}]"
-                raise ValueError(f"calibrate: {name} must be {rule}, got {value}")
-        if not self.pairs or any(min(pair) < 0 or max(pair) < 1 for pair in self.pairs):
+            check_integer(f"calibrate: {name}", getattr(self, name), least=1, most=most)
+        if not self.pairs or any(max(pair) == 0 for pair in self.pairs):
             raise ValueError(f"calibrate: pairs must be (V, S) with V, S >= 0 and not both 0, got {list(self.pairs)}")
-        most = model.max_seq_len
-        if most is not None and self.length > most:
-            raise ValueError(f"calibrate: the prompt must have at most max_seq_len = {most} tokens, got {self.length}")
-        _check_memory(model, self.length, self.chunk_tokens)
+        for pair in self.pairs:
+            for name, value in zip("VS", pair, strict=True):
+                check_integer(f"calibrate: {name} of pairs", value, least=0, most=_MOST_BUDGET)
+        check_length(model, self.length, chunk_tokens=self.chunk_tokens)
 
     def run(
         self, model: Qwen2Model, hidden: Tensor, report: Callable[[str], object]
@@ -453,6 +452,22 @@ class _Search:
             report=lambda heads: report(f"heads to measure: {heads}"),
         )
         return base, refined, hidden
+
+
+def check_length(model: Qwen2Model, length: int, *, chunk_tokens: int | None = None) -> None:
+    """Refuse a prompt of ``length`` tokens that cannot be calibrated on, before it is made.
+
+    Raises:
+        ValueError: fewer than one token, more than ``model.max_seq_len``, or ``chunk_tokens`` below 1.
+        MemoryError: the estimate exceeds the memory that is left.
+    """
+    check_integer("calibrate: length", length, least=1)
+    most = model.max_seq_len
+    if most is not None and length > most:
+        raise ValueError(f"calibrate: the prompt must have at most max_seq_len = {most} tokens, got {length}")
+    chunk_tokens = default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens
+    check_integer("calibrate: chunk_tokens", chunk_tokens, least=1)
+    _check_memory(model, length, chunk_tokens)
 
 
 def _check_memory(model: Qwen2Model, length: int, chunk_tokens: int) -> None:

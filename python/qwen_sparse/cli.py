@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from .calibrate import BASE_PAIRS, calibrate, synthetic_tokens
+from .calibrate import BASE_PAIRS, calibrate, check_length, synthetic_tokens
 from .config import ModelConfig, parse_dtype
+from .documents import read_text
 from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
 from .models.qwen2 import Qwen2Model
-from .options import add_device, add_load_options, load, set_threads
+from .options import add_device, add_load_options, load, prepare
 
 __all__ = ["main"]
 
@@ -34,12 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser(chosen=argv[0] if argv else None).parse_args(argv)
     try:
+        if getattr(args, "model", None) == "":  # as a path, it would be the working directory
+            raise ValueError("--model must not be empty")
         return int(args.run(args))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+    except (ValueError, OSError, MemoryError, RuntimeError, OverflowError) as error:  # of memory, torch: RuntimeError
+        message = " ".join(str(error).split())
+        message = message or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
         print(f"qwen-sparse {args.command}: {message}", file=sys.stderr)
         return 2
 
@@ -111,7 +115,7 @@ def _run_generate(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Qwen2Model:
-    set_threads(args)
+    prepare(args)
     return load(args, max_seq_len=args.max_seq_len)
 
 
@@ -134,10 +138,15 @@ def _prompt_text(prompt: str | None, file: str | None) -> str:
         raise ValueError("give --prompt, --file or both")
     parts = []
     if file is not None:
-        parts.append(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+        parts.append(read_text(file))
     if prompt is not None:
         parts.append(prompt)
     return "\n\n".join(parts)
+
+
+def _source(args: argparse.Namespace) -> str:
+    """The options that the prompt comes from."""
+    return " and ".join(f"--{name}" for name in ("file", "prompt") if getattr(args, name) is not None)
 
 
 def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Sequence[int]:
@@ -145,6 +154,8 @@ def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Se
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         text = model.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
     tokens: Sequence[int] = model.tokenizer.encode(text)
+    if not tokens:
+        raise ValueError(f"{_source(args)} must have text, and has none")
     if args.truncate is None:
         return tokens
     if model.max_seq_len is None:
@@ -198,7 +209,12 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--file", help="calibrate on the first tokens of a text file, - for standard input")
     text.add_argument("--synthetic", action="store_true", help="calibrate on a generated passkey prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the generated prompt (0)")
-    parser.add_argument("--length", type=int, required=True, help="tokens of the prompt that budgets are refined on")
+    parser.add_argument(
+        "--length",
+        type=int,
+        required=True,
+        help="tokens of the prompt that budgets are refined on; with --synthetic, 1024 at least",
+    )
     parser.add_argument("--base-length", type=int, help="tokens that base pairs are compared on (32768, or --length)")
     parser.add_argument("--recall", type=float, default=0.95, help="attention that each head has to keep (0.95)")
     parser.add_argument("--step", type=int, default=2048, help="what V and S grow by at a time (2048)")
@@ -221,6 +237,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _run_calibrate(args: argparse.Namespace) -> int:
     model = load_model(args.model, device=args.device, dtype=args.dtype)
     if args.synthetic:
+        check_length(model, args.length, chunk_tokens=args.chunk_tokens)
         tokens = synthetic_tokens(model, args.length, args.seed)
         source: dict[str, object] = {"synthetic": "passkey", "seed": args.seed}
     else:

@@ -1,6 +1,7 @@
 """``qwen-sparse demo``: a tiny model finds a passkey in a prompt 128 times longer than any it was trained on.
 
-The model ships with the package (``assets/passkey``, trained on 512 bytes by ``examples/train_passkey.py``). The demo
+The model ships with the package (``assets/passkey``, trained on sequences of up to 512 bytes by
+``examples/train_passkey.py``). The demo
 runs the same weights with plain RoPE, with Dual Chunk Attention, and with Dual Chunk Attention plus vertical-slash
 sparse attention, then draws retrieval accuracy over depth and length.
 """
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from . import _C
 from .evaluate import Mode, answer
 from .evaluate.figures import draw_heat_maps
+from .evaluate.run import check_lengths
 from .loader import load_model
 from .machine import machine
 from .memory import format_bytes
@@ -159,11 +161,12 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     model = load_passkey_model(args.dtype, args.device)
     kernels = _C.cpu_features()["isa"] if model.device.type == "cpu" else str(model.device)
+    check_lengths([Mode.parse(mode).apply(model) for mode in MODES], [args.length * TRAINED_LENGTH])
     args.output.mkdir(parents=True, exist_ok=True)
     prompt = make_prompt(args.length * TRAINED_LENGTH, 0.4, seed=args.seed)
     print(
-        f"A model of {model.weights.nbytes // model.dtype.itemsize:,} parameters, trained on {TRAINED_LENGTH} bytes, "
-        f"reads {len(prompt.text):,} bytes ({args.length}x). The pass key in there is "
+        f"A model of {model.weights.nbytes // model.dtype.itemsize:,} parameters, trained on sequences of up to "
+        f"{TRAINED_LENGTH} bytes, reads {len(prompt.text):,} bytes ({args.length}x). The pass key in there is "
         f"{prompt.key}. Kernels: {kernels}, {args.dtype}.\n"
     )
     long_runs = _long_table(model, prompt)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Document", "read_document"]
+__all__ = ["Document", "read_document", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,20 @@ class Document:
 
     name: str
     text: str
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file; ``-`` is standard input.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text, and is not UTF-8 at byte {error.start}") from error
 
 
 def read_document(path: str | Path) -> Document:
@@ -45,7 +60,7 @@ def _pdf_text(path: Path, data: bytes) -> str:
     try:
         import pypdf
     except ImportError as error:
-        raise ValueError(f"{path} is a PDF file, which needs pypdf: pip install 'qwen-sparse[chat]'") from error
+        raise ValueError(f"{path} is a PDF file, which needs pypdf: pip install pypdf") from error
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         return "\n\n".join(page.extract_text() for page in reader.pages)

@@ -194,9 +194,12 @@ def generate_text(
         ValueError, MemoryError: see :func:`generate`.
     """
     tokenizer, stopper = model.tokenizer if tokenizer is None else tokenizer, StopStrings(stop)
+    input_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str) and not input_ids:
+        raise ValueError(f"prompt must have at least one token, got {prompt!r}")
     tokens = generate(
         model,
-        tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+        input_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

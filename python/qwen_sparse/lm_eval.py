@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (``pip install qwen-sparse[lm-eval]``): its tasks on this engine.
+"""lm-evaluation-harness (the extra ``[lm-eval]``): its tasks on this engine.
 
 The harness finds models in a registry that a module adds itself to when it is imported. In Python, import this one:
 
@@ -15,11 +15,19 @@ temperature are those that a served prompt would get, and all continuations of o
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401  the harness fills its registry only while it is empty
+try:
+    import lm_eval.models  # noqa: F401  the harness fills its registry only while it is empty
+except ImportError as error:
+    message = f"qwen_sparse.lm_eval needs the extra [lm-eval]: pip install 'lm-eval>=0.4.13,<0.5' ({error})"
+    if __name__ == "__main__":
+        print(message, file=sys.stderr)
+        raise SystemExit(2) from error
+    raise ImportError(message, name=error.name) from error
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
 from .loader import load_model
 from .models.qwen2 import Qwen2Model
 
-__all__ = ["add_device", "add_load_options", "load", "set_threads"]
+__all__ = ["add_device", "add_load_options", "load", "prepare"]
+
+_THREADS_PER_CPU = 4
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
@@ -22,26 +25,34 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def add_load_options(parser: argparse._ActionsContainer) -> None:
-    """What :func:`load` and :func:`set_threads` read besides --model."""
+    """What :func:`load` and :func:`prepare` read besides --model."""
     attention = parser.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
     attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
-    parser.add_argument("--coverage", type=float, help="sparse prefill by share of attention (0.95), not by budgets")
+    parser.add_argument(
+        "--coverage", type=float, help="sparse prefill by share of attention, e.g. 0.95, not by budgets"
+    )
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
 
 
-def set_threads(args: argparse.Namespace) -> None:
-    """Use as many CPU threads as --threads says.
+def prepare(args: argparse.Namespace) -> None:
+    """Refuse options that exclude each other, and use as many CPU threads as --threads says.
 
     Raises:
-        ValueError: fewer than one.
+        ValueError: --coverage with --dense; fewer than one thread, or more than four times the CPUs.
     """
+    if args.coverage is not None and args.attention == "dense":
+        raise ValueError(f"--coverage is of sparse prefill and cannot go with --dense, got {args.coverage}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be >= 1, got {args.threads}")
+        cpus = os.cpu_count() or 1
+        if not 1 <= args.threads <= _THREADS_PER_CPU * cpus:  # OpenMP crashes on many thousands
+            raise ValueError(
+                f"--threads must be in [1, {_THREADS_PER_CPU * cpus}], the most being {_THREADS_PER_CPU} times the "
+                f"{cpus} CPUs, got {args.threads}"
+            )
         torch.set_num_threads(args.threads)
 
 

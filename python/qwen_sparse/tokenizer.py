@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders
 
 from .config import read_json
+from .documents import read_text
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
@@ -75,7 +76,7 @@ class Tokenizer:
         config = read_json(config_file) if config_file.is_file() else {}
         template = _default_template(config.get("chat_template"), config_file)
         if template_file.is_file():
-            template = template_file.read_text(encoding="utf-8")
+            template = read_text(template_file)
         special = {
             name: value["content"] if isinstance(value, Mapping) else value
             for name, value in config.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..documents import read_text
 from ..loader import load_model
 from ..machine import machine
 from ..models.qwen2 import Qwen2Model
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     progress = sys.stderr.isatty()
-    text = None if getattr(args, "text", None) is None else args.text.read_text(encoding="utf-8")
+    text = None if getattr(args, "text", None) is None else read_text(args.text)
     if args.task == "recall":
         return evaluate_recall(model, text, modes, args.lengths, seed=args.seed, progress=progress)
     if text is not None:

@@ -37,7 +37,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'qwen-sparse[plot]'") from error
+        raise ValueError("figures need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..documents import read_text
 from ..passkey import GRASS, SENTENCES
 from ..tokenizer import Tokenizer
 
@@ -206,7 +207,7 @@ def haystack(kind: str) -> Haystack:
         return lambda units, rng: [f"{sentence} " for sentence in rng.choices(SENTENCES["eval"], k=units)]
     if not Path(kind).is_file():
         raise FileNotFoundError(f"haystack must be 'grass', 'sentences' or a text file, got {kind!r}")
-    pieces = re.findall(r"\S.*?(?:[.!?]\s+|\n\s*|\Z)", Path(kind).read_text(encoding="utf-8"))
+    pieces = re.findall(r"\S.*?(?:[.!?]\s+|\n\s*|\Z)", read_text(kind))
     if not pieces:
         raise ValueError(f"haystack must have text, got {kind!r} without any")
     pieces[-1] = pieces[-1].rstrip() + "\n"

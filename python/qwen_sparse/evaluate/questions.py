@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..documents import read_text
 from .prompts import Draft, Task, place
 
 __all__ = ["Question", "question_answering", "read_questions"]
@@ -36,7 +37,7 @@ def read_questions(path: str | Path) -> list[Question]:
         ValueError: naming the line, the rule and the value; a file without lines.
     """
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             questions.append(_question(line, f"{path}, line {number}"))
     if not questions:

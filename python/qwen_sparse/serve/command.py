@@ -6,6 +6,7 @@ import argparse
 import importlib
 import ipaddress
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from ..config import ModelConfig, parse_dtype
 from ..loader import resolve_device, resolve_directory
 from ..memory import available_memory
-from ..options import add_load_options, load, set_threads
+from ..options import add_load_options, load, prepare
 from ..tokenizer import Tokenizer
 from .plan import EngineOptions, plan_pages
 
@@ -21,6 +22,9 @@ __all__ = ["add_arguments", "run"]
 
 API_KEY_VARIABLE = "QWEN_SPARSE_API_KEY"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_COUNTS = ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "max_queue", "kv_cache_memory_bytes")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^\sA-Z/?#@:\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +80,16 @@ def run(args: argparse.Namespace) -> int:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                f"serving needs the packages of an extra: pip install 'qwen-sparse[serve]' ({error})"
+                "serving needs the packages of an extra: pip install --no-build-isolation '.[serve]' in a clone of "
+                f"qwen_sparse ({error})"
             ) from error
-    set_threads(args)
+    prepare(args)
+    for name in _COUNTS:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    for origin in args.allowed_origin:
+        _check_origin(origin)
     options = EngineOptions(
         max_model_len=args.max_model_len,
         chunk_tokens=args.max_num_batched_tokens,
@@ -162,6 +173,18 @@ def _bind(host: str, port: int, *, protected: bool) -> socket.socket:
 def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _check_origin(origin: str) -> None:
+    """Refuse what no browser sends as an origin, and what could therefore never match."""
+    if origin in ("*", "null"):  # all; of pages from files
+        return
+    match = _ORIGIN.fullmatch(origin)
+    if match is None:
+        rule = "scheme://host or scheme://host:port, in lower case and without a path, or *"
+        raise ValueError(f"--allowed-origin must be {rule}, got {origin!r}")
+    if match[3] is not None and match[3] == _DEFAULT_PORTS.get(match[1]):
+        raise ValueError(f"--allowed-origin must leave out {match[1]}'s default port, as browsers do, got {origin!r}")
 
 
 def _api_keys(given: list[str]) -> tuple[str, ...]:
