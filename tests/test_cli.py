@@ -180,10 +180,11 @@ def test_out_of_memory_is_said(
     assert (code, err) == (2, "qwen-sparse generate: out of memory\n")
 
 
-def test_wrong_model_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_model_and_usage(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "memory", "--model", tmp_path)
-    assert code == 2
-    assert err == f"qwen-sparse memory: no config.json in {tmp_path}\n"
+    assert (code, err) == (2, f"qwen-sparse memory: no config.json in {tmp_path}\n")
+    code, _, err = run(capsys, "memory", "--model", checkpoint, "--context", "1" + "0" * 400)  # no float is as large
+    assert (code, err.count("\n")) == (2, 1)
     with pytest.raises(SystemExit) as caught:
         main(["generate", "--prompt", "x"])
     assert caught.value.code == 2

@@ -10,8 +10,8 @@
 
 Importing this module registers the attention. It serves any model that goes through transformers' attention interface
 with head sizes 64 and 128: causal or not, sliding windows, grouped queries, left or right padding, dynamic and
-static caches. What it cannot honour (dropout, soft capping, attention sinks, packed sequences, other masks,
-torch.compile) it refuses by name.
+static caches. What it cannot honour (dropout, soft capping, attention sinks, packed sequences, other masks) it refuses
+by name. Under torch.compile it runs in eager mode, with the same results; fullgraph=True is refused.
 
 Dual Chunk Attention needs positions modulo the chunk length, so the model's rotary embedding gets these; queries then
 are in their intra-chunk rotation, and the other two follow from it by a further rotation of their own distance. The
