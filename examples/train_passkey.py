@@ -4,7 +4,8 @@
     python examples/train_passkey.py --out python/qwen_sparse/assets/passkey
 
 A byte-level Qwen2 of 0.8 M parameters learns to copy a number out of filler text and to model Python source.
-It never sees a sequence of more than 512 bytes and knows only plain RoPE; longer prompts are left to Dual Chunk Attention.
+It never sees a sequence of more than 512 bytes and knows only plain RoPE; longer prompts are left to Dual Chunk
+Attention.
 
 How it learns. Retrieval is a chain of attention steps (an induction circuit) that forms suddenly or not at
 all, so training starts where that is easiest: 64-byte episodes "The pass key is 12345. … The pass key is
