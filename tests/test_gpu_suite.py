@@ -67,6 +67,28 @@ def test_a_build_without_kernels_for_the_gpu_fails(suite: Suite) -> None:
     assert suite.run("build", ARCHS="['sm80']", NOT_HOPPER="1").returncode == 0
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on the PATH")
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        ("cutlass/include", "must be an absolute path, got 'cutlass/include'"),
+        ("/nowhere", "no cutlass/version.h under"),
+    ],
+)
+def test_a_wrong_cutlass_directory_is_refused(include: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        f"cmake_minimum_required(VERSION 3.25)\nproject(some NONE)\ninclude({ROOT}/cmake/cutlass.cmake)\n"
+    )
+    done = subprocess.run(
+        ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build")],
+        env={**os.environ, "QWEN_SPARSE_CUTLASS_DIR": include},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+
+
 def test_hopper_runs_both_prefill_kernels(suite: Suite) -> None:
     assert suite.run("run_tests", NOT_HOPPER="1").returncode == 0
     (everything,) = suite.called("pytest")
