@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from conftest import TINY, budgets
 from qwen_sparse import reference
@@ -43,7 +44,7 @@ from indexes import (  # noqa: E402
     occupied_blocks,
     read_budgets,
 )
-from one_layer import sdpa_chunk  # noqa: E402
+from one_layer import GPU_BACKENDS, first_working, sdpa_chunk  # noqa: E402
 from plot import spread  # noqa: E402
 from report import finish, save, working  # noqa: E402
 
@@ -472,6 +473,22 @@ def test_sdpa_of_a_chunk_attends_all_causal_pairs() -> None:
     torch.testing.assert_close(merged, expected)
     only_own = sdpa_chunk(q, k[:64], v[:64], 0.3, None)
     assert only_own[0] is None
+
+
+def test_sdpa_runs_where_cudnn_refuses() -> None:
+    ran = []
+
+    def refusing(backend: SDPBackend | None) -> None:
+        if backend == SDPBackend.CUDNN_ATTENTION:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        ran.append(backend)
+
+    skipped: list[dict[str, Any]] = []
+    (found,) = first_working(refusing, GPU_BACKENDS, skipped).items()
+    found[1]()
+    assert (found[0], ran) == ("torch SDPA flash", [SDPBackend.FLASH_ATTENTION] * 2)
+    assert [(row["kernel"], row["figure"]) for row in skipped] == [("torch SDPA cuDNN", "one layer")]
+    assert list(first_working(ran.append, GPU_BACKENDS, skipped)) == ["torch SDPA cuDNN"]
 
 
 @pytest.mark.parametrize(
