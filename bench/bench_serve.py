@@ -30,7 +30,7 @@ from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve.engine import Engine, EngineOptions
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken
-from report import add_device_argument, add_output_argument, finish, print_environment, print_table
+from report import add_device_argument, add_output_argument, finish, print_environment, print_table, save
 
 
 class Answer:
@@ -186,8 +186,11 @@ def main() -> None:
     engine = make_engine(model, arguments, None)
     ask(engine, prompts[0][:256], 4).finished()  # libraries are loaded, threads started
     rows = measure_decode(engine, arguments, prompts)
+    save("serve", arguments, rows)
     rows += measure_reuse(engine, document, questions)
+    save("serve", arguments, rows)
     engine.shutdown(drain=True)
+    del engine  # its pool takes most of a GPU's memory: the next one's would not fit beside it
     engine = make_engine(model, arguments, arguments.chunk_tokens)
     rows += measure_beside(engine, other, prompts[0])
     engine.shutdown(drain=True)
