@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import DUAL_CHUNK, TINY, budgets
-from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, parse_dtype
+from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, SparseSwitches, parse_dtype
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -136,8 +136,8 @@ def test_parse_dtype() -> None:
             "local_size must be below chunk_size = 256, got 256",
         ),
         (
-            {"dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_enabled": True}},
-            "sparse_attention_enabled is true but there are no budgets",
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_threshold": "many"}},
+            "sparse_attention_threshold must be an integer .*got 'many'",
         ),
         (
             {
@@ -197,6 +197,18 @@ def test_budgets_inside_the_config_and_beside_it(tmp_path: Path) -> None:
     (tmp_path / "sparse_attention_config.json").write_text(json.dumps(budgets(TINY, 300, 400)))
     beside = ModelConfig.from_directory(tmp_path).sparse
     assert beside == SparseConfig(((300, 300),) * 2, ((400, 400),) * 2, enabled=False, threshold=512, last_q=32)
+
+
+def test_switches_without_budgets() -> None:
+    raw = {**DUAL_CHUNK, "sparse_attention_enabled": True, "sparse_attention_threshold": 512}
+    config = ModelConfig.from_dict({**TINY, "dual_chunk_attention_config": raw})
+    assert config.sparse is None
+    assert config.sparse_switches == SparseSwitches(enabled=True, threshold=512)
+    by_coverage = config.with_coverage(0.9).sparse
+    assert by_coverage is not None
+    assert by_coverage.threshold == 512
+    with pytest.raises(ValueError, match="sparse_attention_enabled is true but there are no budgets"):
+        SparseConfig.from_dual_chunk(raw, num_layers=2, num_heads=2)
 
 
 def test_directory_errors_and_eos(tmp_path: Path) -> None:

@@ -327,6 +327,21 @@ def test_when_prefill_is_sparse(write_checkpoint: WriteCheckpoint) -> None:
     assert model.with_options(config=off, attention="sparse").prefills_sparse(1)
 
 
+def test_enabled_sparse_attention_without_budgets(write_checkpoint: WriteCheckpoint) -> None:
+    """Only what would run by budgets needs them."""
+    directory = write_checkpoint(dual_chunk_attention_config={**DUAL_CHUNK, "sparse_attention_enabled": True})
+    dense = load_model(directory, attention="dense")
+    assert not dense.prefills_sparse(10**6)
+    assert load_model(directory, coverage=0.9).prefills_sparse(10**6)
+    assert dense.with_options(attention="sparse", coverage=0.9).prefills_sparse(1)
+    with pytest.raises(
+        ValueError, match=r"'auto' needs budgets where sparse_attention_enabled is true in config\.json"
+    ):
+        load_model(directory)
+    with pytest.raises(ValueError, match="'sparse' needs budgets .* this model has none"):
+        dense.with_options(attention="sparse")
+
+
 def test_options_are_checked(write_checkpoint: WriteCheckpoint) -> None:
     model = load_model(write_checkpoint())
     with pytest.raises(ValueError, match="needs budgets"):

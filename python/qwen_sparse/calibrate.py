@@ -281,7 +281,7 @@ def calibrate(
         recall=recall,
         pairs=tuple((vertical, slash) for vertical, slash in pairs),
         step=step,
-        last_q=(model.config.sparse.last_q if model.config.sparse else 64) if last_q is None else last_q,
+        last_q=(model.config.sparse or model.config.sparse_switches).last_q if last_q is None else last_q,
         chunk_tokens=default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens,
     )
     search.check(model)

@@ -213,7 +213,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_calibrate(args: argparse.Namespace) -> int:
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, attention="dense")  # may have no budgets yet
     if args.synthetic:
         tokens = synthetic_tokens(model, args.length, args.seed)
         source: dict[str, object] = {"synthetic": "passkey", "seed": args.seed}

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["PAGE_SIZE", "DualChunkConfig", "ModelConfig", "RopeConfig", "SparseConfig", "parse_dtype", "served_columns"]
+__all__ = [
+    "PAGE_SIZE",
+    "DualChunkConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "SparseConfig",
+    "SparseSwitches",
+    "parse_dtype",
+    "served_columns",
+]
 
 PAGE_SIZE = 128
 """Tokens per page of the KV cache. A page never straddles the border of a DCA chunk."""
@@ -220,6 +229,32 @@ def check_coverage(coverage: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseSwitches:
+    """What ``dual_chunk_attention_config`` says of sparse attention besides budgets."""
+
+    enabled: bool = False
+    """``sparse_attention_enabled``; where it is absent, whether there are budgets."""
+    threshold: int = 32768
+    """Prompts up to this many tokens run dense."""
+    last_q: int = 64
+    """Query rows that vote in the selection; at most 64."""
+
+    @classmethod
+    def from_dual_chunk(cls, raw: Mapping[str, Any], *, budgets: bool) -> SparseSwitches:
+        """From the contents of ``dual_chunk_attention_config``; ``budgets``: whether there are any.
+
+        Raises:
+            ValueError: a bad value.
+        """
+        where = "dual_chunk_attention_config"
+        return cls(
+            enabled=_boolean(raw, "sparse_attention_enabled", where, budgets),
+            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
+            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SparseConfig:
     """Budgets of vertical-slash attention (MInference): how many columns and distances each head gets."""
 
@@ -293,20 +328,16 @@ class SparseConfig:
         Raises:
             ValueError: a bad value, or ``sparse_attention_enabled`` without budgets.
         """
-        where = "dual_chunk_attention_config"
         budgets = raw.get("sparse_attention_config") if budgets is None else budgets
-        if budgets is None:
-            if raw.get("sparse_attention_enabled"):
-                raise ValueError(f"{where}: sparse_attention_enabled is true but there are no budgets")
-            return None
-        return cls.from_budgets(
-            budgets,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            enabled=_boolean(raw, "sparse_attention_enabled", where, True),
-            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
-            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
-        )
+        switches = SparseSwitches.from_dual_chunk(raw, budgets=budgets is not None)
+        if budgets is not None:
+            return cls.from_budgets(budgets, num_layers=num_layers, num_heads=num_heads, **asdict(switches))
+        if switches.enabled:
+            raise ValueError(
+                "dual_chunk_attention_config: sparse_attention_enabled is true but there are no budgets "
+                "(sparse_attention_config.json beside the model, or sparse_attention_config)"
+            )
+        return None
 
 
 def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int, int]]:
@@ -357,6 +388,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dual_chunk: DualChunkConfig | None = None
     sparse: SparseConfig | None = None
+    sparse_switches: SparseSwitches = SparseSwitches()
+    """Of a checkpoint without budgets; :attr:`sparse` has its own."""
 
     def with_coverage(self, coverage: float) -> ModelConfig:
         """The same with index sets chosen by coverage instead of budgets; threshold and voting rows stay.
@@ -364,8 +397,14 @@ class ModelConfig:
         Raises:
             ValueError: ``coverage`` is not in (0, 1).
         """
-        kept = {} if self.sparse is None else {"threshold": self.sparse.threshold, "last_q": self.sparse.last_q}
-        sparse = SparseConfig.from_coverage(coverage, num_layers=self.num_layers, num_heads=self.num_heads, **kept)
+        kept = self.sparse or self.sparse_switches
+        sparse = SparseConfig.from_coverage(
+            coverage,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            threshold=kept.threshold,
+            last_q=kept.last_q,
+        )
         return replace(self, sparse=sparse)
 
     @classmethod
@@ -397,6 +436,8 @@ class ModelConfig:
         dual_chunk = raw.get("dual_chunk_attention_config") or {}
         if not isinstance(dual_chunk, Mapping):
             raise ValueError(f"{where}: dual_chunk_attention_config must be an object, got {dual_chunk!r}")
+        budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
+        switches = SparseSwitches.from_dual_chunk(dual_chunk, budgets=budgets is not None)
         eos = raw.get("eos_token_id")
         return cls(
             vocab_size=_integer(raw, "vocab_size", where),
@@ -416,9 +457,10 @@ class ModelConfig:
             ),
             eos_token_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
             dual_chunk=DualChunkConfig.from_dict(dual_chunk) if dual_chunk else None,
-            sparse=SparseConfig.from_dual_chunk(
-                dual_chunk, num_layers=num_layers, num_heads=num_heads, budgets=budgets
-            ),
+            sparse=None
+            if budgets is None
+            else SparseConfig.from_budgets(budgets, num_layers=num_layers, num_heads=num_heads, **asdict(switches)),
+            sparse_switches=switches if budgets is None else SparseSwitches(),
         )
 
     @classmethod

@@ -47,7 +47,8 @@ def load_model(
         max_seq_len: most tokens of a sequence. None: no limit but memory for models with Dual Chunk
             Attention, which have no longest position; max_position_embeddings for others.
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
-            longer than their threshold; "dense" never; "sparse" always.
+            longer than their threshold; "dense" never; "sparse" always. "auto" needs budgets (or a coverage) where
+            config.json says ``sparse_attention_enabled: true``, "sparse" always does.
         coverage: share of attention, in (0, 1), that sparse prefill chooses its index sets for, per head and prefill
             chunk; the checkpoint needs no budgets then, and its own are not used. None: budgets.
 

@@ -203,10 +203,13 @@ class Qwen2Model:
     def __post_init__(self) -> None:
         if self.attention not in ("auto", "dense", "sparse"):
             raise ValueError(f"attention must be 'auto', 'dense' or 'sparse', got {self.attention!r}")
-        if self.attention == "sparse" and self.config.sparse is None:
+        asked = self.config.sparse_switches.enabled if self.attention == "auto" else self.attention == "sparse"
+        if asked and self.config.sparse is None:
+            why = " where sparse_attention_enabled is true in config.json" if self.attention == "auto" else ""
             raise ValueError(
-                "attention 'sparse' needs budgets (sparse_attention_config.json beside the model, or "
-                "sparse_attention_config inside dual_chunk_attention_config) or a coverage; this model has none"
+                f"attention {self.attention!r} needs budgets{why} (sparse_attention_config.json beside the model, or "
+                "sparse_attention_config inside dual_chunk_attention_config) or a coverage; this model has none. "
+                "attention='dense' needs neither"
             )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ValueError(f"max_seq_len must be >= 1 or None, got {self.max_seq_len}")
