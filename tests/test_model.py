@@ -338,8 +338,21 @@ def test_enabled_sparse_attention_without_budgets(write_checkpoint: WriteCheckpo
         ValueError, match=r"'auto' needs budgets where sparse_attention_enabled is true in config\.json"
     ):
         load_model(directory)
-    with pytest.raises(ValueError, match="'sparse' needs budgets .* this model has none"):
+    with pytest.raises(ValueError, match=r"'sparse' needs budgets .* this model has none"):
         dense.with_options(attention="sparse")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_layers", 1), ("vocab_size", 259), ("intermediate_size", 96), ("hidden_size", 64), ("num_heads", 1)]
+    + [("num_kv_heads", 2), ("head_dim", 128), ("attention_bias", False), ("tie_word_embeddings", True)],
+)
+def test_other_sizes_need_other_weights(write_checkpoint: WriteCheckpoint, name: str, value: object) -> None:
+    model = load_model(write_checkpoint())
+    changed = replace(model.config, **{name: value})
+    expected = f"config.{name} must be the weights', {getattr(model.config, name)}, got {value}"
+    with pytest.raises(ValueError, match=expected):
+        model.with_options(config=changed)
 
 
 def test_options_are_checked(write_checkpoint: WriteCheckpoint) -> None:

@@ -41,6 +41,19 @@ DECODE_ROWS = 16
 
 _NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
+_SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+)
+"""Fields of a config that the shapes of weights follow from."""
+
 AttentionMode = Literal["auto", "dense", "sparse"]
 Output = Literal["all", "last", "none", "hidden"]
 
@@ -223,15 +236,24 @@ class Qwen2Model:
         config: ModelConfig | None = None,
         coverage: float | None = None,
     ) -> Qwen2Model:
-        """The same weights with another attention, cache dtype, config (its sizes must stay) or coverage.
+        """The same weights with another attention, cache dtype, config or coverage.
+
+        ``config`` may differ in what does not shape the weights: rotary embedding, Dual Chunk Attention, budgets.
 
         Example:
             >>> plain = model.with_options(config=dataclasses.replace(model.config, dual_chunk=None))
 
         Raises:
-            ValueError: an unknown value, or sparse attention without budgets and without coverage.
+            ValueError: an unknown value, a config of other sizes, or sparse attention without budgets and without
+                coverage.
         """
         config = self.config if config is None else config
+        for name in _SHAPES:
+            if getattr(config, name) != getattr(self.config, name):
+                raise ValueError(
+                    f"with_options: config.{name} must be the weights', {getattr(self.config, name)}, "
+                    f"got {getattr(config, name)}"
+                )
         return replace(
             self,
             attention=self.attention if attention is None else attention,
