@@ -344,8 +344,17 @@ def test_enabled_sparse_attention_without_budgets(write_checkpoint: WriteCheckpo
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_layers", 1), ("vocab_size", 259), ("intermediate_size", 96), ("hidden_size", 64), ("num_heads", 1)]
-    + [("num_kv_heads", 2), ("head_dim", 128), ("attention_bias", False), ("tie_word_embeddings", True)],
+    [
+        ("num_layers", 1),
+        ("vocab_size", 259),
+        ("intermediate_size", 96),
+        ("hidden_size", 64),
+        ("num_heads", 1),
+        ("num_kv_heads", 2),
+        ("head_dim", 128),
+        ("attention_bias", False),
+        ("tie_word_embeddings", True),
+    ],
 )
 def test_other_sizes_need_other_weights(write_checkpoint: WriteCheckpoint, name: str, value: object) -> None:
     model = load_model(write_checkpoint())

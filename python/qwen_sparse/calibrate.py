@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import SparseConfig, read_json, served_columns
+from .config import SparseConfig, SparseSwitches, read_json, served_columns
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.qwen2 import Queries, Qwen2Model
 from .passkey import make_prompt
@@ -487,7 +487,9 @@ def _dense_layer(model: Qwen2Model, hidden: Tensor, chunk_tokens: int, last_q: i
 
 def _model_digest(model: Qwen2Model) -> dict[str, Any]:
     """The model's name, and digests of its config (budgets aside) and of the weights in front of the final norm."""
-    config = json.dumps(asdict(replace(model.config, sparse=None)), sort_keys=True, default=str)
+    config = json.dumps(
+        asdict(replace(model.config, sparse=None, sparse_switches=SparseSwitches())), sort_keys=True, default=str
+    )
     weights, digest = model.weights, hashlib.sha256()
     layers = [tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None]
     for tensor in (weights.embedding, *layers):
