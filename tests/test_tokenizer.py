@@ -149,6 +149,16 @@ def test_file_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(ValueError, match="must be a string or a list, got int"):
         Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["{{ messages }}"]}))
+    with pytest.raises(ValueError, match=r"must have an entry named 'default', got \[\]"):
+        Tokenizer.from_directory(tmp_path)
+    for token in ({"x": 1}, {"content": 5}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        with pytest.raises(ValueError, match=r"bos_token must be a string, or an object .* got ."):
+            Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold an object, got a list"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def byte_fallback_tokenizer() -> Tokenizer:

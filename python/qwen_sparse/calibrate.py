@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import SparseConfig, SparseSwitches, read_json, served_columns
+from .checkpoint import read_json
+from .config import SparseConfig, SparseSwitches, served_columns
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.qwen2 import Queries, Qwen2Model
 from .passkey import make_prompt
