@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,15 @@ def test_template_variables() -> None:
         [], tools=[{"name": "größe"}]
     )
     assert rendered == '<|im_end|>[{"name": "größe"}]'
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies(copied: Callable[[Tokenizer], Tokenizer]) -> None:
+    tokenizer = template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    expected = tokenizer.apply_chat_template(MESSAGES)
+    again = copied(tokenizer)
+    assert again.apply_chat_template(MESSAGES) == expected
+    assert again.encode("text") == tokenizer.encode("text")
 
 
 def test_special_tokens_written_as_objects(directory: Path) -> None:

@@ -81,6 +81,10 @@ class Tokenizer:
         }
         return cls(backend, chat_template=template, special_tokens=special)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: a compiled template cannot be pickled; it is compiled again when it is needed."""
+        return {name: value for name, value in vars(self).items() if name != "_template"}
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
