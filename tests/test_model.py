@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets, random_tensors, save_tensors
 from qwen_sparse import generate, load_model, prefill, reference
+from qwen_sparse.memory import format_bytes
 from qwen_sparse.models.qwen2 import Qwen2Model
 
 VOCAB = TINY["vocab_size"]
@@ -362,6 +365,26 @@ def test_other_sizes_need_other_weights(write_checkpoint: WriteCheckpoint, name:
     expected = f"config.{name} must be the weights', {getattr(model.config, name)}, got {value}"
     with pytest.raises(ValueError, match=expected):
         model.with_options(config=changed)
+
+
+def test_models_can_be_compared_hashed_printed_and_copied(write_checkpoint: WriteCheckpoint) -> None:
+    model, other = (load_model(write_checkpoint(name, tokenizer=True, sparse=(40, 110))) for name in ("one", "other"))
+    result = prefill(model, [1, 2, 3])
+    assert model == model
+    assert model != other
+    assert other in [model, other]
+    assert len({model, other, model}) == 2
+    assert result != prefill(model, [1, 2, 3])
+    assert model.weights != other.weights
+    assert model.weights.layers[0] not in other.weights.layers
+    assert len(repr(result)) < 1000
+    shown = repr(model)
+    assert f"{model.path}', num_layers=2, float32 on cpu, weights {format_bytes(model.weights.nbytes)}, " in shown
+    assert len(shown) - len(str(model.path)) < 200
+    model.tokenizer.chat_template = "{{ messages }}"
+    model.tokenizer.apply_chat_template([])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(prefill(again, [1, 2, 3]).logits, result.logits)
 
 
 def test_options_are_checked(write_checkpoint: WriteCheckpoint) -> None:
