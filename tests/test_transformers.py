@@ -246,6 +246,12 @@ def test_enabling_checks_the_model(load: Load) -> None:
         plugin.enable_dual_chunk(theirs, chunk_size=64, local_size=64)
     with pytest.raises(ValueError, match=r"one entry per layer \(2\), got 1 entries"):
         plugin.enable_vertical_slash(theirs, [{}])
+    with pytest.raises(ValueError, match=r"original_max_position_embeddings must be an integer in \[0, .*got -5"):
+        plugin.enable_dual_chunk(theirs, **SIZES, original_max_position_embeddings=-5)
+    fitting = budgets({**HEADS, "num_hidden_layers": 2}, 40, 120)
+    for name, value in (("threshold", "x"), ("threshold", -1), ("last_q", 0), ("last_q", 65)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer in .*got '?{value}"):
+            plugin.enable_vertical_slash(theirs, fitting, **{name: value})
     with pytest.raises(ValueError, match="one rotary_emb, got 0"):
         plugin.enable_dual_chunk(nn.Linear(2, 2), **SIZES)
     windowed = transformers.Qwen2ForCausalLM(

@@ -22,7 +22,6 @@ through the prefill kernels: for serving, see docs/vllm.md or qwen_sparse.genera
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from . import ops, rope
+from .checkpoint import parse_json
 from .config import DualChunkConfig, SparseConfig
 
 __all__ = ["NAME", "Enabled", "attention", "attention_mask", "enable_dual_chunk", "enable_vertical_slash", "register"]
@@ -173,11 +173,12 @@ def enable_vertical_slash(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: budgets that do not fit the model, or enabled already.
+        ValueError: budgets that do not fit the model, a threshold or number of voting rows out of range, or enabled
+            already.
     """
     modules = _attention_modules(model)
     if isinstance(budgets, str | Path):
-        budgets = json.loads(Path(budgets).read_text(encoding="utf-8"))
+        budgets = parse_json(Path(budgets))
     num_heads = _num_heads(modules[0])
     sparse = SparseConfig.from_budgets(
         budgets, num_layers=len(modules), num_heads=num_heads, threshold=threshold, last_q=last_q
