@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,13 @@ def test_budgets() -> None:
 def test_bad_budgets(raw: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseConfig.from_budgets(raw, num_layers=2, num_heads=2)
+
+
+def test_budgets_of_another_model() -> None:
+    config = ModelConfig.from_dict(TINY)
+    for sizes, got in ((((1, 1),), r"\[2\]"), (((1, 1), (1,)), r"\[2, 1\]")):
+        with pytest.raises(ValueError, match=rf"sparse.slash_sizes must have shape .* = \[2, 2\], got {got} heads"):
+            replace(config, sparse=SparseConfig(((1, 1), (1, 1)), sizes))
 
 
 def test_budgets_inside_the_config_and_beside_it(tmp_path: Path) -> None:

@@ -409,6 +409,15 @@ class ModelConfig:
     sparse_switches: SparseSwitches = SparseSwitches()
     """Of a checkpoint without budgets; :attr:`sparse` has its own."""
 
+    def __post_init__(self) -> None:
+        for name in () if self.sparse is None else ("vertical_sizes", "slash_sizes"):
+            heads = [len(layer) for layer in getattr(self.sparse, name)]
+            if heads != [self.num_heads] * self.num_layers:
+                raise ValueError(
+                    f"sparse.{name} must have shape [num_layers, num_heads] = [{self.num_layers}, {self.num_heads}], "
+                    f"got {heads} heads by layer"
+                )
+
     def with_coverage(self, coverage: float) -> ModelConfig:
         """The same with index sets chosen by coverage instead of budgets; threshold and voting rows stay.
 
