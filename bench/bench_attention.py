@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -55,6 +56,7 @@ from report import (
     kernel_sets,
     print_environment,
     print_table,
+    save,
     skip,
     time_cells,
     working,
@@ -97,8 +99,8 @@ class Inputs:
     @classmethod
     def make(cls, arguments: argparse.Namespace, seqlen: int, head_dim: int, dtype: torch.dtype) -> Inputs:
         """Normal q, k and v, and the index sets that the arguments ask for."""
-        heads = arguments.num_heads
-        q, k, v = random_qkv(seqlen, seqlen, heads, arguments.num_kv_heads, head_dim, dtype, seed=arguments.seed)
+        heads, draw = arguments.num_heads, {"seed": arguments.seed, "device": arguments.device}
+        q, k, v = random_qkv(seqlen, seqlen, heads, arguments.num_kv_heads, head_dim, dtype, **draw)
         if arguments.budgets is None:
             columns, slashes = clustered_indexes(heads, seqlen, arguments.density, arguments.seed)
         else:
@@ -109,8 +111,8 @@ class Inputs:
         # Other rotations of q are other numbers of the same size; attention does not care which.
         q_succ, q_inter = q.roll(1, dims=-1), q.roll(2, dims=-1)
         chunk_len = arguments.chunk_len or max(BLOCK_M, seqlen // 4 // BLOCK_M * BLOCK_M)
-        tensors = (x.to(arguments.device) for x in (q, k, v, q_succ, q_inter, columns, slashes))
-        return cls(*tensors, chunk_len)
+        columns, slashes = (x.to(arguments.device) for x in (columns, slashes))
+        return cls(q, k, v, q_succ, q_inter, columns, slashes, chunk_len)
 
     @property
     def sets(self) -> dict[str, Any]:
@@ -217,33 +219,55 @@ def block_attention(
     return out
 
 
-def check(inputs: Inputs, name: str, peers: dict[str, Callable[[], Tensor]]) -> None:
-    """Compares the last rows of a kernel that will be timed with the reference.
+Expected = dict[tuple[Callable[..., Any], bool], tuple[Tensor, Tensor]]
+"""By definition and whether it is sparse: the exact last rows, and those of plain PyTorch in the kernels' dtype."""
+
+
+def check(inputs: Inputs, name: str, peers: dict[str, Callable[[], Tensor]], expected: Expected) -> None:
+    """Compares the last rows of a kernel that will be timed with the reference, which runs on the kernel's device.
+
+    Args:
+        inputs: of the kernel.
+        name: of the kernel.
+        peers: by name, the kernels that are not ours.
+        expected: of these inputs; what is not there yet is added.
 
     Raises:
         AssertionError: an error is more than twice that of plain PyTorch in the same dtype.
     """
     if name == "torch SDPA":
         return  # what it computes is not ours to check
-    dtype, (seqlen, heads) = inputs.q.dtype, inputs.q.shape[:2]
-    kv_heads = inputs.k.shape[1]
+    seqlen, heads = inputs.q.shape[:2]
     if seqlen * heads > MOST_CHECKED:
-        heads, kv_heads = heads // kv_heads, 1
-    k, v = (x[:, :kv_heads].cpu() for x in (inputs.k, inputs.v))
-    q, q_succ, q_inter = (x[-CHECKED_ROWS:, :heads].cpu() for x in (inputs.q, inputs.q_succ, inputs.q_inter))
-    sets = inputs.sets if name in DENSE_OF else {}
-    options: dict[str, Any] = {key: indexes[:heads].cpu() for key, indexes in sets.items()}
-    function: Callable[..., Any] = reference.vertical_slash_attention if sets else reference.attention
-    queries = [q]
+        heads //= inputs.k.shape[1]
+    sparse, function = name in DENSE_OF, reference.attention
     if name.startswith("DCA"):
-        queries, function = [q, q_succ, q_inter], reference.dual_chunk_attention
-        options["chunk_len"] = inputs.chunk_len
+        function = reference.dual_chunk_attention
     elif name == "flashinfer 64x64 blocks":
-        function, options = block_attention, {"occupied": inputs.occupied[:heads].cpu()}
+        function = block_attention
+    elif sparse:
+        function = reference.vertical_slash_attention
+    if (function, sparse) not in expected:
+        expected[function, sparse] = last_rows(inputs, function, sparse, heads)
     actual = cast(Tensor, peers[name]() if name in peers else inputs.kernels()[name]())
-    exact = function(*(x.double() for x in (*queries, k, v)), **options)
-    plain = function(*queries, k, v, **options, compute_dtype=dtype)
-    assert_close_to_reference(actual[-CHECKED_ROWS:, :heads].cpu(), exact, plain)
+    assert_close_to_reference(actual[-CHECKED_ROWS:, :heads], *expected[function, sparse])
+
+
+def last_rows(inputs: Inputs, function: Callable[..., Any], sparse: bool, heads: int) -> tuple[Tensor, Tensor]:
+    """The definition's last rows for the first ``heads`` query heads: in float64, and in the inputs' dtype."""
+    kv_heads = heads * inputs.k.shape[1] // inputs.q.shape[1]
+    k, v = (x[:, :kv_heads] for x in (inputs.k, inputs.v))
+    queries = [x[-CHECKED_ROWS:, :heads] for x in (inputs.q, inputs.q_succ, inputs.q_inter)]
+    options: dict[str, Any] = {key: indexes[:heads] for key, indexes in inputs.sets.items()} if sparse else {}
+    if function is reference.dual_chunk_attention:
+        options["chunk_len"] = inputs.chunk_len
+    else:
+        queries = queries[:1]
+    if function is block_attention:
+        options = {"occupied": inputs.occupied[:heads]}
+    with inputs.q.device:  # for what the reference makes from nothing
+        exact = function(*(x.double() for x in (*queries, k, v)), **options)
+        return exact, function(*queries, k, v, **options, compute_dtype=inputs.q.dtype)
 
 
 def flex_candidates(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -299,9 +323,10 @@ def measure(
     peers = working(asked, skipped, seqlen=seqlen, head_dim=head_dim, dtype=dtype)
     candidates: dict[str, Callable[[], object]] = {**inputs.kernels(), **peers}
     candidates = {name: candidates[name] for name in arguments.kernels if name in candidates}
+    expected: Expected = {}
     for name in list(candidates) if arguments.check else ():
         try:
-            check(inputs, name, peers)
+            check(inputs, name, peers, expected)
         except AssertionError as error:
             if name not in peers:
                 raise
@@ -402,14 +427,11 @@ def main() -> None:
     print_environment()
     print(describe_indexes(arguments))
     skipped: list[dict[str, Any]] = []
-    rows = [
-        row
-        for head_dim in arguments.head_dims
-        for dtype in arguments.dtypes
-        for seqlen in arguments.seqlens
-        for isa in kernel_sets(arguments)
-        for row in measure(arguments, isa, seqlen, head_dim, dtype, skipped)
-    ]
+    rows: list[dict[str, Any]] = []
+    shapes = itertools.product(arguments.head_dims, arguments.dtypes, arguments.seqlens, kernel_sets(arguments))
+    for head_dim, dtype, seqlen, isa in shapes:
+        rows += measure(arguments, isa, seqlen, head_dim, dtype, skipped)
+        save("attention", arguments, rows, skipped)
     print_rows(rows)
     finish("attention", arguments, rows, skipped)
 

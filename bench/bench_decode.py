@@ -18,6 +18,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,16 @@ from torch import Tensor
 from flashinfer_peer import paged_decode
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import assert_close_to_reference, interleaved
-from report import add_device_argument, add_output_argument, choose_kernels, finish, kernel_sets, print_table, working
+from report import (
+    add_device_argument,
+    add_output_argument,
+    choose_kernels,
+    finish,
+    kernel_sets,
+    print_table,
+    save,
+    working,
+)
 
 PAGE_SIZE = 128
 CHUNK_LEN = 32768 - 8192
@@ -58,10 +68,24 @@ class Input:
     args: tuple[Tensor, ...]
     kwargs: dict[str, Any]
 
-    def copy(self, device: torch.device) -> Input:
+    def copy(self) -> Input:
         """The same values elsewhere in memory."""
-        kwargs = {name: x.to(device, copy=True) if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
-        return Input(tuple(x.to(device, copy=True) for x in self.args), kwargs)
+        kwargs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return Input(tuple(x.clone() for x in self.args), kwargs)
+
+    def kv_head(self, head: int) -> Input:
+        """Its keys and values, and the query heads that read them."""
+        q, k_cache, v_cache, *rest = self.args
+        one, group = slice(head, head + 1), q.shape[2] // k_cache.shape[2]
+        kwargs = dict(self.kwargs)
+        for name in {"k_scale", "v_scale"} & kwargs.keys():
+            kwargs[name] = kwargs[name][:, :, one]
+        if "k_bias" in kwargs:
+            kwargs["k_bias"] = kwargs["k_bias"][one]
+        rows = slice(head * group, (head + 1) * group)
+        for name in {"q_succ", "q_inter"} & kwargs.keys():
+            kwargs[name] = kwargs[name][:, :, rows]
+        return Input((q[:, :, rows], k_cache[:, :, one], v_cache[:, :, one], *rest), kwargs)
 
     def run(self) -> Tensor:
         return cast(Tensor, ops.decode_attention(*self.args, **self.kwargs))
@@ -72,38 +96,44 @@ def page_bytes(shape: Shape, keys: int, dtype: str) -> int:
 
 
 def decode_input(shape: Shape, keys: int, dtype: str, variant: str, generator: torch.Generator) -> Input:
-    num_pages = -(-keys // PAGE_SIZE)
+    """Drawn on the generator's device."""
+    device, num_pages = generator.device, -(-keys // PAGE_SIZE)
     pool = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
-    table = torch.arange(num_pages, dtype=torch.int32)[None]
-    queries = torch.randn(3, 1, 1, shape.num_heads, shape.head_dim, generator=generator).bfloat16()
+    table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
+    queries = torch.randn(3, 1, 1, shape.num_heads, shape.head_dim, generator=generator, device=device).bfloat16()
     kwargs: dict[str, Any] = {}
     if dtype == "int8":
-        caches = [torch.randint(-127, 128, pool, generator=generator, dtype=torch.int8) for _ in range(2)]
+        draw = {"generator": generator, "dtype": torch.int8, "device": device}
+        caches = [torch.randint(-127, 128, pool, **draw) for _ in range(2)]
         for name in ("k_scale", "v_scale"):
-            kwargs[name] = torch.rand(pool[:3], generator=generator) / 60
+            kwargs[name] = torch.rand(pool[:3], generator=generator, device=device) / 60
     else:
-        caches = [torch.empty(pool, dtype=torch.bfloat16).normal_(generator=generator) for _ in range(2)]
+        caches = [torch.empty(pool, dtype=torch.bfloat16, device=device).normal_(generator=generator) for _ in range(2)]
     if "bias" in variant:
-        kwargs["k_bias"] = torch.randn(shape.num_kv_heads, shape.head_dim, generator=generator)
-        kwargs["inv_freq"] = 1e6 ** (-torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+        kwargs["k_bias"] = torch.randn(shape.num_kv_heads, shape.head_dim, generator=generator, device=device)
+        kwargs["inv_freq"] = 1e6 ** (-torch.arange(0, shape.head_dim, 2, device=device).double() / shape.head_dim)
     if "dca" in variant:
         kwargs.update(q_succ=queries[1], q_inter=queries[2], chunk_len=CHUNK_LEN)
-    return Input((queries[0], *caches, table, torch.tensor([keys], dtype=torch.int32)), kwargs)
+    return Input((queries[0], *caches, table, torch.tensor([keys], dtype=torch.int32, device=device)), kwargs)
 
 
 def compare(step: Input, actual: Tensor) -> None:
-    """A result of the step with the reference.
+    """A result of the step with the reference, which runs on its device, a kv head at a time.
 
     Raises:
         AssertionError: an error is more than twice that of plain PyTorch in the same dtype.
     """
-    exact = [x.double() if x.is_floating_point() else x for x in step.args]
-    wide = {name: x.double() if name in ("q_succ", "q_inter") else x for name, x in step.kwargs.items()}
-    assert_close_to_reference(
-        actual.cpu(),
-        cast(Tensor, reference.decode_attention(*exact, **wide)),
-        cast(Tensor, reference.decode_attention(*step.args, compute_dtype=torch.bfloat16, **step.kwargs)),
-    )
+    exact, plain = [], []
+    with actual.device:  # for what the reference makes from nothing
+        for head in range(step.args[1].shape[2]):
+            part = step.kv_head(head)
+            wide = [x.double() if x.is_floating_point() else x for x in part.args]
+            queries = {name: part.kwargs[name].double() for name in {"q_succ", "q_inter"} & part.kwargs.keys()}
+            exact.append(cast(Tensor, reference.decode_attention(*wide, **(part.kwargs | queries))))
+            plain.append(
+                cast(Tensor, reference.decode_attention(*part.args, compute_dtype=torch.bfloat16, **part.kwargs))
+            )
+    assert_close_to_reference(actual, torch.cat(exact, dim=2), torch.cat(plain, dim=2))
 
 
 def in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
@@ -112,12 +142,10 @@ def in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def sdpa_steps(
-    shape: Shape, keys: int, layers: int, generator: torch.Generator, device: torch.device
-) -> list[Callable[[], object]]:
-    q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator).bfloat16().to(device)
-    kv = torch.empty(2, 1, shape.num_kv_heads, keys, shape.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
-    kv = kv.to(device)
+def sdpa_steps(shape: Shape, keys: int, layers: int, generator: torch.Generator) -> list[Callable[[], object]]:
+    device, size = generator.device, (2, 1, shape.num_kv_heads, keys, shape.head_dim)
+    q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator, device=device).bfloat16()
+    kv = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(generator=generator)
 
     def step(kv: Tensor) -> Callable[[], object]:
         return lambda: F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
@@ -126,16 +154,17 @@ def sdpa_steps(
 
 
 def flashinfer_steps(
-    step: Input, shape: Shape, layers: int, device: torch.device, *, checked: bool
+    shape: Shape, keys: int, layers: int, generator: torch.Generator, *, checked: bool
 ) -> Callable[[], object]:
     """flashinfer on copies of a step's bfloat16 pages, in turns."""
-    table, seqlens = step.args[3:]
-    last_page_len = int(seqlens[0]) - (table.shape[1] - 1) * PAGE_SIZE
-    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    decode = paged_decode(table.to(device), last_page_len, PAGE_SIZE, *heads)
+    import_module("flashinfer")  # before anything is drawn for it
+    step = decode_input(shape, keys, "bf16", "plain", generator)
+    table = step.args[3]
+    last_page_len = keys - (table.shape[1] - 1) * PAGE_SIZE
+    decode = paged_decode(table, last_page_len, PAGE_SIZE, shape.num_heads, shape.num_kv_heads, shape.head_dim)
 
     def one() -> Callable[[], Tensor]:
-        return functools.partial(decode, *step.copy(device).args[:3])
+        return functools.partial(decode, *step.copy().args[:3])
 
     if checked:
         compare(step, one()())
@@ -148,25 +177,25 @@ def measure(
     """One row per kernel for one shape, with the CPU kernels of one instruction set."""
     choose_kernels(isa)
     device = arguments.device
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator(device).manual_seed(arguments.seed)
     footprint = arguments.footprint_mib * 2**20
     source, target = torch.ones(2, footprint // 2, dtype=torch.uint8, device=device)
     sizes = {"copy": 2 * source.numel(), "torch SDPA": page_bytes(shape, keys, "bf16")}
     candidates: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
-        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator, device)),
+        "torch SDPA": in_turn(sdpa_steps(shape, keys, -(-footprint // sizes["torch SDPA"]), generator)),
     }
     for name in arguments.kernels:
         dtype = name.split()[0]
         sizes[name] = page_bytes(shape, keys, dtype)
         step = decode_input(shape, keys, dtype, KERNELS[name], generator)
         if arguments.check:
-            compare(step, step.copy(device).run())
-        candidates[name] = in_turn([step.copy(device).run for _ in range(-(-footprint // sizes[name]))])
+            compare(step, step.run())
+        candidates[name] = in_turn([step.copy().run for _ in range(-(-footprint // sizes[name]))])
     if device.type == "cuda":
         size = page_bytes(shape, keys, "bf16")
-        step = decode_input(shape, keys, "bf16", "plain", generator)
-        make = functools.partial(flashinfer_steps, step, shape, -(-footprint // size), device, checked=arguments.check)
+        layers = -(-footprint // size)
+        make = functools.partial(flashinfer_steps, shape, keys, layers, generator, checked=arguments.check)
         found = working({"flashinfer bf16": make}, skipped, shape=str(shape), keys=keys)
         candidates |= found
         sizes |= dict.fromkeys(found, size)
@@ -195,9 +224,8 @@ def main() -> None:
     parser.add_argument("--keys", type=int, nargs="+", default=[16384, 131072])
     parser.add_argument(
         "--shapes",
-        type=Shape.parse,
         nargs="+",
-        default=[Shape.parse(shape) for shape in ("14/2/64", "4/2/64", "28/4/128", "12/2/128", "4/2/128")],
+        default=["14/2/64", "4/2/64", "28/4/128", "12/2/128", "4/2/128"],
         help="num_heads/num_kv_heads/head_dim",
     )
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=list(KERNELS))
@@ -211,14 +239,12 @@ def main() -> None:
     add_output_argument(parser)
     arguments = parser.parse_args()
 
+    shapes = [Shape.parse(shape) for shape in arguments.shapes]
     skipped: list[dict[str, Any]] = []
-    rows = [
-        row
-        for shape in arguments.shapes
-        for keys in arguments.keys
-        for isa in kernel_sets(arguments)
-        for row in measure(arguments, isa, shape, keys, skipped)
-    ]
+    rows: list[dict[str, Any]] = []
+    for shape, keys, isa in itertools.product(shapes, arguments.keys, kernel_sets(arguments)):
+        rows += measure(arguments, isa, shape, keys, skipped)
+        save("decode", arguments, rows, skipped)
     is_ours = [row["kernel"] in KERNELS for row in rows]
     print_table(
         ["kernel", "isa", "heads", "keys", "median", "p10", "p90", "GB/s", "of copy", "x SDPA"],
@@ -236,7 +262,6 @@ def main() -> None:
             for row, ours in zip(rows, is_ours, strict=True)
         ],
     )
-    arguments.shapes = [str(shape) for shape in arguments.shapes]
     finish("decode", arguments, rows, skipped)
 
 

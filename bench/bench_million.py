@@ -64,6 +64,7 @@ from report import (
     finish,
     print_environment,
     print_table,
+    save,
     skip,
     time_cells,
 )
@@ -295,6 +296,7 @@ def run(arguments: argparse.Namespace, clock: Clock) -> tuple[list[Row], list[Ro
     chunks, logits, prefilled = measure_prefill(arguments, model, tokens, cache, clock)
     rows.append(prefilled)
     skipped: list[Row] = []
+    save("million", arguments, rows)
 
     def wanted(figure: str, unwanted: bool) -> bool:
         if not unwanted and not clock.allows():
@@ -304,9 +306,11 @@ def run(arguments: argparse.Namespace, clock: Clock) -> tuple[list[Row], list[Ro
 
     if wanted("decode", arguments.skip_decode):
         rows.append(measure_decode(model, cache, logits, arguments.new_tokens))
+        save("million", arguments, rows, skipped)
     if wanted("one layer", arguments.skip_dense and arguments.skip_sdpa):
         layers = measure_layer(arguments, model, cache, chunks[-1], skipped)
         rows += layers + [extrapolated(prefilled, row) for row in layers if "causal_pairs" in row]
+        save("million", arguments, rows, skipped)
     if wanted("dense prefill", arguments.skip_dense):
         dense_tokens = tokens[: arguments.dense_tokens]
         dense_chunks, _ = run_prefill(model, dense_tokens, cache, arguments.chunk_tokens, sparse=False)

@@ -56,6 +56,7 @@ from report import (
     finish,
     print_environment,
     print_table,
+    save,
     time_cells,
 )
 
@@ -375,6 +376,7 @@ def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
     for seqlen, count in zip(arguments.seqlens, repeats, strict=True):
         measured, logits[seqlen] = measure(arguments, model, peer, seqlen, count)
         rows += measured
+        save("prefill", arguments, rows)
     prompts = workdir / "prompts.json"
     prompts.write_text(json.dumps({n: prompt(model, n, arguments.seed).tolist() for n in arguments.seqlens}))
     peers: list[tuple[str, Path | None, str, list[str]]] = [
@@ -400,6 +402,7 @@ def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
                 continue
             announce(measured)
             rows += measured
+            save("prefill", arguments, rows)
     add_comparisons(rows, logits)
     return sorted(rows, key=lambda row: row["seqlen"])
 

@@ -13,6 +13,7 @@ time over that. No time is printed before both selections were compared with the
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from qwen_sparse import _C, ops, reference
 from qwen_sparse.testing import interleaved, random_qkv
-from report import add_device_argument, add_output_argument, finish, print_table
+from report import add_device_argument, add_output_argument, finish, print_table, save
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAST_Q = 64
@@ -58,16 +59,18 @@ def check(q: Tensor, k: Tensor, selected: tuple[Tensor, Tensor], name: str, tole
     """Every index chosen instead of one of the reference's has the same score up to ``tolerance``, relative."""
     for head in {0, q.shape[1] - 1}:
         group = head * k.shape[1] // q.shape[1]
-        one = q[:, head : head + 1].cpu(), k[:, group : group + 1].cpu()
+        one = q[:, head : head + 1], k[:, group : group + 1]
+        with q.device:  # for what the reference makes from nothing
+            scores = reference.vertical_slash_scores(*one, last_q=LAST_Q)
         for kind, forced, ours, score in zip(
             ("columns", "distances"),
             (NUM_FORCED_COLUMNS, NUM_FORCED_DISTANCES),
             selected,
-            reference.vertical_slash_scores(*one, last_q=LAST_Q),
+            scores,
             strict=True,
         ):
             score[0, :forced] = math.inf
-            chosen = score[0, ours[head].long().cpu()].sort(descending=True).values
+            chosen = score[0, ours[head].long()].sort(descending=True).values
             best = score[0].topk(ours.shape[1]).values
             worst = float(((best - chosen) / best).nan_to_num(nan=0.0).max())
             if worst > tolerance:
@@ -78,8 +81,15 @@ def measure(arguments: argparse.Namespace, layout: str, seqlen_k: int) -> list[d
     """One row per candidate for one shape."""
     heads, head_dim = layout.split("x")
     num_heads, num_kv_heads = map(int, heads.split("/"))
-    qkv = random_qkv(arguments.dense_rows, seqlen_k, num_heads, num_kv_heads, int(head_dim), DTYPES[arguments.dtype])
-    q, k, v = (x.to(arguments.device) for x in qkv)
+    q, k, v = random_qkv(
+        arguments.dense_rows,
+        seqlen_k,
+        num_heads,
+        num_kv_heads,
+        int(head_dim),
+        DTYPES[arguments.dtype],
+        device=arguments.device,
+    )
     sizes = arguments.vertical_size, arguments.slash_size
     scores = torch.rand(num_heads, seqlen_k, device=arguments.device)
 
@@ -142,12 +152,10 @@ def main() -> None:
 
     where = f"CPU kernels: {_C.cpu_features()['isa']}, {torch.get_num_threads()} threads"
     print(f"{where if arguments.device.type == 'cpu' else arguments.device}, {arguments.dtype}")
-    rows = [
-        row
-        for layout in arguments.layouts
-        for seqlen in arguments.seqlens
-        for row in measure(arguments, layout, seqlen)
-    ]
+    rows: list[dict[str, Any]] = []
+    for layout, seqlen in itertools.product(arguments.layouts, arguments.seqlens):
+        rows += measure(arguments, layout, seqlen)
+        save("selection", arguments, rows)
     print_table(
         ["candidate", "heads", "keys", "median", "p10", "p90", "GFLOP/s", "x torch", "of dense"],
         [

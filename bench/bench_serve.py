@@ -2,10 +2,10 @@
 
     python bench/bench_serve.py --shape 0.5b --layers 8 --document 16384 --output bench/results/serve_cpu.json
 
-The engine is asked directly, without HTTP, and decodes greedily. Three measurements:
+The engine is asked directly, without HTTP, and decodes greedily but where a temperature is named. Three measurements:
 
 - **decode**: requests of equal prompts' length at the same time; tokens per second of all, from the moment the last one
-  has its first token to the moment the first one ends.
+  has its first token to the moment the first one ends. Greedily, and with temperature 1, the server's default.
 - **reuse**: time to first token of a question behind a document, cold and then with another question.
 - **beside**: gaps between the tokens of an answer while the document of another request is read, and without one.
 
@@ -27,9 +27,10 @@ import torch
 
 from checkpoint import SHAPES, model_config, random_weights
 from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve.engine import Engine, EngineOptions
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken
-from report import add_device_argument, add_output_argument, finish, print_environment, print_table
+from report import add_device_argument, add_output_argument, finish, print_environment, print_table, save
 
 
 class Answer:
@@ -78,24 +79,32 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ask(engine: Engine, tokens: list[int], new_tokens: int) -> Answer:
-    answer = Answer()
-    engine.submit(GenerationRequest(tokens, max_new_tokens=new_tokens, stop_token_ids=frozenset()), answer)
+def ask(engine: Engine, tokens: list[int], new_tokens: int, temperature: float = 0.0) -> Answer:
+    answer, sampler = Answer(), Sampler(temperature=temperature, seed=0)
+    engine.submit(GenerationRequest(tokens, new_tokens, sampler, stop_token_ids=frozenset()), answer)
     return answer
 
 
 def measure_decode(engine: Engine, arguments: argparse.Namespace, prompts: list[list[int]]) -> list[dict[str, Any]]:
     rows = []
-    for batch in arguments.batches:
+    for batch, temperature in itertools.product(arguments.batches, (0.0, 1.0)):
         # The first ones wait for the prefill of the last: they get tokens enough to be there when all are.
         spare = [2 * (batch - number) for number in range(batch)]
-        answers = [ask(engine, prompts[n], arguments.new_tokens + spare[n]) for n in range(batch)]
+        answers = [ask(engine, prompts[n], arguments.new_tokens + spare[n], temperature) for n in range(batch)]
         for answer in answers:
             answer.finished()
         together = max(answer.tokens[0] for answer in answers), min(answer.tokens[-1] for answer in answers)
         count = sum(together[0] < when <= together[1] for answer in answers for when in answer.tokens)
         rate = count / (together[1] - together[0])
-        rows.append({"measurement": "decode", "batch": batch, "tokens": count, "tokens_per_second": rate})
+        rows.append(
+            {
+                "measurement": "decode",
+                "batch": batch,
+                "temperature": temperature,
+                "tokens": count,
+                "tokens_per_second": rate,
+            }
+        )
     return rows
 
 
@@ -177,15 +186,22 @@ def main() -> None:
     engine = make_engine(model, arguments, None)
     ask(engine, prompts[0][:256], 4).finished()  # libraries are loaded, threads started
     rows = measure_decode(engine, arguments, prompts)
+    save("serve", arguments, rows)
     rows += measure_reuse(engine, document, questions)
+    save("serve", arguments, rows)
     engine.shutdown(drain=True)
+    del engine  # its pool takes most of a GPU's memory: the next one's would not fit beside it
     engine = make_engine(model, arguments, arguments.chunk_tokens)
     rows += measure_beside(engine, other, prompts[0])
     engine.shutdown(drain=True)
 
     print_table(
-        ["decode together", "tokens/s"],
-        [[str(row["batch"]), f"{row['tokens_per_second']:.1f}"] for row in rows if row["measurement"] == "decode"],
+        ["decode together", "temperature", "tokens/s"],
+        [
+            [str(row["batch"]), f"{row['temperature']:g}", f"{row['tokens_per_second']:.1f}"]
+            for row in rows
+            if row["measurement"] == "decode"
+        ],
     )
     print_table(
         ["question", "tokens", "cached", "first token"],

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REQUIRED = ("sm80::prefill", "sm80::select", "sm80::decode")
-"""Families that every build has; others are checked where a module has them, or where --require names them."""
+"""Families that every build has, for all of ARCHITECTURES; others are checked where a module has them, or where
+--require names them."""
+ARCHITECTURES = ("sm_80", "sm_90")
+"""A Hopper GPU would compile what is there for sm_80 only when a process first runs it, which takes seconds."""
 FAMILY = re.compile(r"qwen_sparse::(sm\d+::(?:prefill|select|decode))::")
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER_PREFILL = ("HGMMA", "UTMALDG")
@@ -75,10 +78,14 @@ def faults(
 ) -> Iterator[str]:
     """One line for each rule that is broken."""
     kernels = list(kernels)
-    families = {kernel.family for kernel in kernels}
     for family in required:
-        if family not in families:
+        there = {kernel.architecture for kernel in kernels if kernel.family == family}
+        if not there:
             yield f"{family}: the module has no such kernel"
+        elif family in REQUIRED:
+            yield from (
+                f"{family}: not for {architecture}" for architecture in ARCHITECTURES if architecture not in there
+            )
     for kernel in kernels:
         if kernel.family is None:
             continue
@@ -86,13 +93,13 @@ def faults(
         for operation in LOCAL_MEMORY:
             if count := kernel.instructions[operation]:
                 yield f"{where}: {count} {operation} (local memory)"
-        if kernel.architecture == "sm_90a" and kernel.family == "sm90::prefill":
+        if kernel.family == "sm90::prefill":
             for operation in HOPPER_PREFILL:
                 if not kernel.instructions[operation]:
                     yield f"{where}: no {operation}"
     hopper = {name: codes for name, codes in warnings.items() if "sm90" in name}
-    if any(kernel.architecture == "sm_90a" for kernel in kernels) and not hopper:
-        yield "the module has sm_90a kernels that the build log does not compile: remove the build folder, build anew"
+    if any(kernel.family == "sm90::prefill" for kernel in kernels) and not hopper:
+        yield "the module has sm90 kernels that the build log does not compile: remove the build folder, build anew"
     for name, codes in hopper.items():
         for code in sorted(codes):
             yield f"{name}: ptxas warned of serialised wgmma ({code})"

@@ -1,17 +1,17 @@
 """Attention of one layer and one prefill chunk of a long prompt: vertical-slash as it ran, our dense kernel, SDPA.
 
 Vertical-slash is taken from the phases of the chunk as it was prefilled, selection and index structures included, mean
-over layers. Dense and SDPA (on a GPU with its cuDNN backend) are timed in turns, on the cache's keys and values and
-random queries. torch aligns a causal mask with the first key, so SDPA runs twice: the chunk's rows over all keys before
-them, unmasked, and causally over their own. Together these are exactly the causal pairs; merging the two results would
-come on top.
+over layers. Dense and SDPA are timed in turns, on the cache's keys and values and random queries; on a GPU SDPA has its
+cuDNN backend, or flash attention where that refuses: the name says which. torch aligns a causal mask with the first
+key, so SDPA runs twice: the chunk's rows over all keys before them, unmasked, and causally over their own. Together
+these are exactly the causal pairs; merging the two results would come on top.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from qwen_sparse.testing import interleaved
 from report import working
 
 Row = dict[str, Any]
+GPU_BACKENDS = {"torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "torch SDPA flash": SDPBackend.FLASH_ATTENTION}
+"""In the order in which they are tried."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ def measure_layer(
 
     candidates: dict[str, Callable[[], object]] = {} if arguments.skip_dense else {"dense": dense}
     if not arguments.skip_sdpa:
-        name, backends = ("torch SDPA cuDNN", [SDPBackend.CUDNN_ATTENTION]) if q.is_cuda else ("torch SDPA", None)
-        sdpa = functools.partial(sdpa_chunk, q, k, v, scale, backends)
-        candidates |= working({name: lambda: sdpa}, skipped, figure="one layer")
+        backends = GPU_BACKENDS if q.is_cuda else {"torch SDPA": None}
+        candidates |= first_working(functools.partial(sdpa_chunk, q, k, v, scale), backends, skipped)
     timings = interleaved(candidates, repeats=arguments.repeats, device=device)
     cache.pool.release_workspace()
 
@@ -93,8 +94,19 @@ def measure_layer(
     return rows
 
 
+def first_working(
+    run: Callable[[SDPBackend | None], object], backends: Mapping[str, SDPBackend | None], skipped: list[Row]
+) -> dict[str, Callable[[], object]]:
+    """The first of torch's backends that takes the work, by name; a row is added to ``skipped`` for those before it."""
+    for name, backend in backends.items():
+        attend = functools.partial(run, backend)
+        if found := working({name: lambda attend=attend: attend}, skipped, figure="one layer"):  # type: ignore[misc]
+            return found
+    return {}
+
+
 def sdpa_chunk(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, backends: list[SDPBackend] | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, backend: SDPBackend | None
 ) -> tuple[Tensor | None, Tensor]:
     """The last rows over the keys before them, and causally over their own keys; layout NHD."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -105,9 +117,9 @@ def sdpa_chunk(
             q, k[:, :, keys], v[:, :, keys], is_causal=causal, scale=scale, enable_gqa=True
         )
 
-    if backends is None:
+    if backend is None:
         return attend(slice(past), causal=False) if past else None, attend(slice(past, None), causal=True)
-    with sdpa_kernel(backends):
+    with sdpa_kernel(backend):
         return attend(slice(past), causal=False) if past else None, attend(slice(past, None), causal=True)
 
 

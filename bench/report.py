@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwen_sparse import _C
-from qwen_sparse.testing import machine
+from qwen_sparse.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = [
@@ -121,13 +121,26 @@ def skip(name: str, error: Exception, skipped: list[dict[str, Any]], **shape: ob
     skipped.append({"kernel": name, **shape, "reason": reason})
 
 
-def finish(
+def save(
     benchmark: str,
     arguments: argparse.Namespace,
     rows: Sequence[dict[str, Any]],
     not_measured: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Print the JSON line and write it to ``--output``; ``not_measured`` is what :func:`working` left out."""
+    *,
+    complete: bool = False,
+) -> dict[str, Any]:
+    """Write the JSON to ``--output`` after a part of the rows, so that a run which is stopped loses only the others.
+
+    Args:
+        benchmark: its name.
+        arguments: its options.
+        rows: all that were measured until now.
+        not_measured: what :func:`working` left out.
+        complete: whether these are all rows; the JSON says so.
+
+    Returns:
+        The JSON.
+    """
     options = {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
     record = {
         "benchmark": benchmark,
@@ -135,12 +148,25 @@ def finish(
         "machine": machine(getattr(arguments, "device", None)),
         "environment": environment(),
         "options": options,
+        "complete": complete,
         "rows": list(rows),
         "not_measured": list(not_measured),
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+        partial = arguments.output.with_name(f"{arguments.output.name}.part")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(arguments.output)
+    return record
+
+
+def finish(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    not_measured: Sequence[dict[str, Any]] = (),
+) -> None:
+    """As :func:`save`, of all rows, and print the JSON line."""
+    print(json.dumps(save(benchmark, arguments, rows, not_measured, complete=True)))
 
 
 def _plain(value: object) -> object:

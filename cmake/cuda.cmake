@@ -1,8 +1,9 @@
 # CUDA kernels: on when nvcc is found (QWEN_SPARSE_CUDA=auto), required (1) or off (0).
 #
 # The runtime is linked statically and the driver is reached at run time, so the module imports without either.
-# csrc/cuda/smxx (every architecture) and csrc/cuda/sm80 are compiled to sm_80 SASS and to PTX for later cards,
-# csrc/cuda/sm90 to sm_90a SASS only; it needs the CUTLASS headers.
+# csrc/cuda/smxx (every architecture) and csrc/cuda/sm80 are compiled to SASS for sm_80 and sm_90 (which would take some
+# ten seconds in a process that finds PTX only) and to PTX for later cards, csrc/cuda/sm90 to sm_90a SASS only; it needs
+# the CUTLASS headers.
 
 set(QWEN_SPARSE_CUDA_LIBRARIES)
 set(QWEN_SPARSE_CUDA_SOURCES csrc/cuda/unavailable.cpp)
@@ -56,7 +57,7 @@ function(add_cuda_arch arch architectures)
   set(QWEN_SPARSE_CUDA_ARCHS ${QWEN_SPARSE_CUDA_ARCHS} ${arch} PARENT_SCOPE)
 endfunction()
 
-add_cuda_arch(sm80 "80-real;80-virtual" csrc/cuda/smxx/*.cu csrc/cuda/sm80/*.cu)
+add_cuda_arch(sm80 "80-real;90-real;80-virtual" csrc/cuda/smxx/*.cu csrc/cuda/sm80/*.cu)
 if(QWEN_SPARSE_CUTLASS_VERSION)
   add_cuda_arch(sm90 "90a-real" csrc/cuda/sm90/*.cu)
   set(QWEN_SPARSE_CUDA_DEFINITIONS QWEN_SPARSE_SM90)

@@ -5,6 +5,9 @@ set(cutlass_include ${QWEN_SPARSE_CUTLASS_DIR})
 if(DEFINED ENV{QWEN_SPARSE_CUTLASS_DIR})
   set(cutlass_include $ENV{QWEN_SPARSE_CUTLASS_DIR})
 endif()
+if(cutlass_include AND NOT IS_ABSOLUTE "${cutlass_include}")  # a build runs somewhere else than its caller
+  message(FATAL_ERROR "qwen_sparse: QWEN_SPARSE_CUTLASS_DIR must be an absolute path, got '${cutlass_include}'")
+endif()
 if(NOT cutlass_include)
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c

@@ -221,6 +221,7 @@ class MovedOps:
                 return result.cpu()
             return None if result is None else type(result)(part.cpu() for part in result)
 
+        call.__name__ = name
         return call
 
     def move(self, argument: Any) -> Any:

@@ -307,7 +307,17 @@ INDEXES = torch.zeros(4, 3, dtype=torch.int32).copy_(torch.tensor([1, 5, -1]))
         (lambda: ops.attention(q64.double(), k64, v64), "q must have dtype .*, got float64"),
         (lambda: ops.attention(q64, k64.half(), v64), "k must have dtype float32, got float16"),
         (lambda: ops.attention(q64, k64, v64, window=0), "window must be positive or None, got 0"),
-        (lambda: ops.attention(q64, k64, v64, softmax_scale=math.nan), "softmax_scale must be finite, got"),
+        (lambda: ops.attention(q64, k64, v64, softmax_scale=math.nan), "softmax_scale must be finite in float32, got"),
+        (lambda: ops.attention(q64, k64, v64, softmax_scale=1e300), r"must be finite in float32, got 1e\+300"),
+        (lambda: ops.attention(q64, k64, None), "attention: v must be a tensor, got None"),
+        (
+            lambda: ops.attention(q64, k64.to("meta"), v64),
+            r"attention: k must be on the device of q \(cpu\), got meta",
+        ),
+        (
+            lambda: ops.attention(q64, k64, v64.clone().requires_grad_()),
+            "attention: v must not require grad, since ops run forward only",
+        ),
         (
             lambda: ops.attention(q64, torch.empty(100, 2, 128)[..., ::2], v64),
             "k must be contiguous in its last dimension, got stride 2",

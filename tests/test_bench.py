@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
@@ -12,19 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from conftest import TINY, budgets
 from qwen_sparse import reference
 from qwen_sparse.memory import weight_elements
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.reference import vertical_slash_mask
+from qwen_sparse.testing import random_qkv
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
+import bench_attention  # noqa: E402
+import bench_decode  # noqa: E402
 import bench_serve  # noqa: E402
 import flashinfer_peer  # noqa: E402
-from bench_attention import block_attention  # noqa: E402
+from bench_attention import DENSE_OF, KERNELS, Inputs, block_attention, check  # noqa: E402
 from bench_million import linear_flop  # noqa: E402
 from check_model import check_model  # noqa: E402
 from checkpoint import BIAS_DEVIATION, model_config, random_weights  # noqa: E402
@@ -39,9 +44,9 @@ from indexes import (  # noqa: E402
     occupied_blocks,
     read_budgets,
 )
-from one_layer import sdpa_chunk  # noqa: E402
+from one_layer import GPU_BACKENDS, first_working, sdpa_chunk  # noqa: E402
 from plot import spread  # noqa: E402
-from report import working  # noqa: E402
+from report import finish, save, working  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def test_attention(tmp_path: Path) -> None:
     sizes = ["--seqlens", "256", "--head-dims", "64", "--dtypes", "bfloat16", "--repeats", "1"]
     record = run("bench_attention.py", *sizes, "--no-flex", "--density", "0.8", "--output", str(output))
     assert record == json.loads(output.read_text())
+    assert record["complete"]
     assert record["benchmark"] == "attention"
     assert {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"} <= set(record["environment"])
     rows = {row["kernel"]: row for row in record["rows"]}
@@ -70,6 +76,94 @@ def test_attention(tmp_path: Path) -> None:
         assert row["seconds"]["p10"] <= row["seconds"]["median"] <= row["seconds"]["p90"]
         assert (row["density"] < 1) == (name in sparse)
         assert (row["time_over_density_times_dense"] is not None) == (name in sparse)
+
+
+def test_results_are_written_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "some.json"
+    arguments = argparse.Namespace(output=output, sizes=["1/2"])
+
+    def written() -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(output.read_text())
+        return record
+
+    save("some", arguments, [{"a": 1}])
+    assert (written()["rows"], written()["complete"]) == ([{"a": 1}], False)
+    finish("some", arguments, [{"a": 1}, {"a": 2}], [{"kernel": "b"}])
+    assert (written()["rows"], written()["complete"]) == ([{"a": 1}, {"a": 2}], True)
+    assert written()["options"] == {"sizes": ["1/2"]}
+    assert json.loads(capsys.readouterr().out) == written()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+STOPPED = {
+    "bench_attention.py": ["--seqlens", "256", "-1", "--head-dims", "64", "--dtypes", "bfloat16", "--no-flex"],
+    "bench_decode.py": ["--keys", "256", "-1", "--shapes", "4/2/64", "--footprint-mib", "1"],
+    "bench_selection.py": ["--seqlens", "1024", "-1", "--layouts", "4/2x64"],
+    "bench_prefill.py": ["--shape", "tiny", "--seqlens", "256", "-1", "--no-check", "--no-transformers"],
+}
+"""Options with a second case that no benchmark can run."""
+
+
+@pytest.mark.parametrize("script", STOPPED)
+def test_a_stopped_benchmark_keeps_what_it_measured(script: str, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(BENCH / script), *STOPPED[script], "--repeats", "1", "--output", str(output)]
+    assert subprocess.run(command, capture_output=True).returncode != 0
+    record = json.loads(output.read_text())
+    assert not record["complete"]
+    sizes = {value for row in record["rows"] for name, value in row.items() if name in ("seqlen", "seqlen_k", "keys")}
+    assert sizes in ({256}, {1024})
+
+
+@pytest.mark.parametrize("name", bench_decode.KERNELS)
+def test_check_of_decode_finds_a_wrong_head(name: str) -> None:
+    """The reference runs a kv head at a time: each part must have its own scales, bias and queries."""
+    generator = torch.Generator().manual_seed(0)
+    shape = bench_decode.Shape(6, 3, 64)
+    step = bench_decode.decode_input(shape, 300, name.split()[0], bench_decode.KERNELS[name], generator)
+    out = step.run()
+    bench_decode.compare(step, out)
+    for head in range(6):
+        wrong = out.clone()
+        wrong[:, :, head] = out[:, :, (head + 1) % 6]
+        with pytest.raises(AssertionError, match="error"):
+            bench_decode.compare(step, wrong)
+
+
+def test_nothing_is_drawn_for_an_absent_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setattr(bench_decode, "decode_input", lambda *arguments: pytest.fail("was called"))
+    shape, generator = bench_decode.Shape(4, 2, 64), torch.Generator()
+    with pytest.raises(ImportError, match="flashinfer"):
+        bench_decode.flashinfer_steps(shape, 256, 1, generator, checked=True)
+
+
+@pytest.mark.parametrize("heads_checked", ["all", "a group"])
+def test_check_of_attention_finds_a_wrong_kernel(heads_checked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel against its own definition, which is computed once for all kernels that share it."""
+    if heads_checked == "a group":
+        monkeypatch.setattr(bench_attention, "MOST_CHECKED", 1)
+    q, k, v = random_qkv(300, 300, 4, 2, 64, torch.bfloat16)
+    columns, slashes = clustered_indexes(4, 300, 0.5, seed=0)
+    inputs = Inputs(q, k, v, q.roll(1, dims=-1), q.roll(2, dims=-1), columns, slashes, chunk_len=128)
+    ours = inputs.kernels()
+    expected: bench_attention.Expected = {}
+    checked = [name for name in KERNELS if name in ours and not name.startswith(("selection", "torch"))]
+    assert checked == ["dense", "DCA dense", "vertical-slash", "DCA vertical-slash"]
+    for name in checked:
+        check(inputs, name, {}, expected)
+    assert len(expected) == 4
+    for name in checked:
+        for other in checked:
+            stands_for = {name: ours[other]}
+            if other == name:
+                check(inputs, name, stands_for, expected)
+            else:
+                with pytest.raises(AssertionError, match="error"):
+                    check(inputs, name, stands_for, expected)
+    check(inputs, "vertical-slash sm_80", {"vertical-slash sm_80": ours["vertical-slash"]}, expected)
+    assert len(expected) == 4
+    assert set(DENSE_OF.values()) <= set(KERNELS)
 
 
 @pytest.mark.parametrize("seqlen", [256, 300, 449])
@@ -381,6 +475,22 @@ def test_sdpa_of_a_chunk_attends_all_causal_pairs() -> None:
     assert only_own[0] is None
 
 
+def test_sdpa_runs_where_cudnn_refuses() -> None:
+    ran = []
+
+    def refusing(backend: SDPBackend | None) -> None:
+        if backend == SDPBackend.CUDNN_ATTENTION:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        ran.append(backend)
+
+    skipped: list[dict[str, Any]] = []
+    (found,) = first_working(refusing, GPU_BACKENDS, skipped).items()
+    found[1]()
+    assert (found[0], ran) == ("torch SDPA flash", [SDPBackend.FLASH_ATTENTION] * 2)
+    assert [(row["kernel"], row["figure"]) for row in skipped] == [("torch SDPA cuDNN", "one layer")]
+    assert list(first_working(ran.append, GPU_BACKENDS, skipped)) == ["torch SDPA cuDNN"]
+
+
 @pytest.mark.parametrize(
     ("seqlen", "rows", "density"), [(1024, 1024, 0.4), (1024, 256, 0.35), (1500, 1500, 0.3), (1000, 200, 0.9)]
 )
@@ -436,9 +546,9 @@ def test_bench_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [str(part) for option in sizes.items() for part in option]
     monkeypatch.setattr("sys.argv", ["bench_serve.py", "--shape", "tiny", "--batches", "1", "3", *options])
     bench_serve.main()
-    decode_1, decode_3, cold, second, alone, beside = json.loads(output.read_text())["rows"]
-    assert decode_1["tokens"] > 8 - 2
-    assert decode_3["tokens"] > 3 * (8 - 2)
+    *decode, cold, second, alone, beside = json.loads(output.read_text())["rows"]
+    assert [(row["batch"], row["temperature"]) for row in decode] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert all(row["tokens"] > row["batch"] * (8 - 2) for row in decode)
     assert (cold["cached_tokens"], second["cached_tokens"]) == (0, 1000 // 128 * 128)
     assert cold["prompt_tokens"] == second["prompt_tokens"] == 1064
     assert alone["gaps"] == 32

@@ -418,8 +418,12 @@ def test_command_line(write_checkpoint: WriteCheckpoint, tmp_path: Path, capsys:
         "remove it or choose another output\n"
     )
     text.write_text("short")
+    for length in (1100, 6, 0, -3):
+        assert main([*command, "--length", str(length), "--file", str(text), "-o", str(tmp_path / "c.json")]) == 2
+        assert f"--length must be in [1, 5], the tokens of {text}, got {length}" in capsys.readouterr().err
+    text.write_text("")
     assert main([*command, "--file", str(text), "-o", str(tmp_path / "c.json")]) == 2
-    assert "--length must be in [1, 5], the tokens of" in capsys.readouterr().err
+    assert f"--file: {text} must have text, and has none" in capsys.readouterr().err
 
 
 def test_synthetic_prompts(write_checkpoint: WriteCheckpoint) -> None:

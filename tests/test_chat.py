@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from qwen_sparse.chat import ChatSession, Turn, _show
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
 from qwen_sparse.models.qwen2 import Qwen2Model
-from qwen_sparse.tokenizer import Tokenizer
+from qwen_sparse.tokenizer import StreamDecoder, Tokenizer
 
 MODEL = str(files("qwen_sparse") / "assets" / "passkey")
 QUESTION = "What is the pass key? The pass key is "
@@ -143,12 +145,17 @@ def test_a_document_is_not_encoded_again(model: Qwen2Model, monkeypatch: pytest.
     assert_as_cold(model, session, max_new_tokens=4)
 
 
-def test_stop_strings_end_an_answer(passkey_model: Qwen2Model) -> None:
+def test_stop_strings_end_an_answer(passkey_model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     document, key = passkey_document()
+    decoded: list[int] = []
+    push = StreamDecoder.push
+    monkeypatch.setattr(StreamDecoder, "push", lambda self, token: decoded.append(token) or push(self, token))
     session = ChatSession(passkey_model, stop=[key[2:4]])
     session.add_documents(document)
     turn = session.ask(QUESTION, ignore)
     assert turn.answer == key[:2]
+    assert bytes(turn.tokens).decode() == key[:4]
+    assert decoded == turn.tokens  # once, and none behind the stop string
     assert session.ask(QUESTION, ignore).cached_tokens == turn.cached_tokens + turn.new_tokens + len(turn.answer)
 
 
@@ -461,7 +468,9 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., pexpect.spawn]]:
         arguments = ["-m", "qwen_sparse.cli", "chat", "--model", MODEL, "--dtype", "float32", "--device", "cpu"]
         arguments += ["--threads", "2", "--file", str(tmp_path / "notes.txt"), *options]
         decoding = {"encoding": "utf-8", "codec_errors": "replace"}
-        child = pexpect.spawn(sys.executable, arguments, timeout=120, dimensions=(40, 200), **decoding)
+        # Tests that a shell runs in the background inherit an ignored SIGINT, and so would the chat.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        child = pexpect.spawn(sys.executable, arguments, timeout=120, dimensions=(40, 200), preexec_fn=heed, **decoding)
         children.append(child)
         child.expect_exact("notes.txt: the conversation has ")
         child.expect_exact(">>> ")

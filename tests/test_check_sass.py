@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
-from check_sass import REQUIRED, Kernel, faults, kernels_of, serialised  # noqa: E402
+from check_sass import ARCHITECTURES, REQUIRED, Kernel, faults, kernels_of, serialised  # noqa: E402
 
 DUMP = """
 Fatbin elf code:
@@ -35,7 +35,11 @@ LOG = """
   [1/1] Building CUDA object CMakeFiles/sm90.dir/a.cu.o
   [3/9] Building CXX object CMakeFiles/_C.dir/c.cpp.o
 """
-GOOD = [Kernel(f"void qwen_sparse::{family}::kernel<64>()", "sm_80") for family in REQUIRED]
+GOOD = [
+    Kernel(f"void qwen_sparse::{family}::kernel<64>()", architecture)
+    for family in REQUIRED
+    for architecture in ARCHITECTURES
+]
 HOPPER = "void qwen_sparse::sm90::prefill::kernel()"
 
 
@@ -64,7 +68,8 @@ def test_rules() -> None:
         return made
 
     assert found() == found(warnings={}) == []
-    assert list(faults(GOOD[1:], {})) == ["sm80::prefill: the module has no such kernel"]
+    assert list(faults(GOOD[2:], {})) == ["sm80::prefill: the module has no such kernel"]
+    assert list(faults(GOOD[:-1], {})) == ["sm80::decode: not for sm_90"]
     required = [*REQUIRED, "sm90::prefill"]
     assert list(faults(GOOD, {}, required)) == ["sm90::prefill: the module has no such kernel"]
     assert found(kernel("qwen_sparse::smxx::other()", "sm_80", LDL=3)) == []
@@ -72,6 +77,7 @@ def test_rules() -> None:
     assert found(spilling) == ["void qwen_sparse::sm80::select::kernel() (sm_80): 3 STL (local memory)"]
     assert found(kernel(HOPPER, "sm_90a", **both)) == []
     assert found(kernel(HOPPER, "sm_90a", UTMALDG=1)) == [f"{HOPPER} (sm_90a): no HGMMA"]
+    assert found(kernel(HOPPER, "sm_90", UTMALDG=1)) == [f"{HOPPER} (sm_90): no HGMMA"]  # as some cuobjdump say
     assert found(kernel(HOPPER, "sm_90a", HGMMA=1)) == [f"{HOPPER} (sm_90a): no UTMALDG"]
     assert found(kernel(HOPPER, "sm_90a", LDL=1, **both)) == [f"{HOPPER} (sm_90a): 1 LDL (local memory)"]
     (absent,) = found(kernel(HOPPER, "sm_90a", **both), warnings={"sm80.dir/a.cu.o": set()})
@@ -108,7 +114,8 @@ namespace decode { __global__ void decode_kernel(float* x) { x[0] = 1; } }
 def test_compiled_kernels(tmp_path: Path) -> None:
     def check(statement: str, *defines: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "kernels.cu").write_text(SOURCE.replace("STATEMENT", statement))
-        flags = ["-std=c++17", "-gencode=arch=compute_80,code=sm_80", "-c", "-o", tmp_path / "kernels.o"]
+        codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in (80, 90)]
+        flags = ["-std=c++17", *codes, "-c", "-o", tmp_path / "kernels.o"]
         subprocess.run(["nvcc", *flags, *defines, tmp_path / "kernels.cu"], check=True)
         (tmp_path / "log").touch()
         command = [sys.executable, BENCH / "check_sass.py", tmp_path / "kernels.o", "--build-log", tmp_path / "log"]
@@ -117,7 +124,7 @@ def test_compiled_kernels(tmp_path: Path) -> None:
     good = check("copy[5] = 1;")
     assert (good.returncode, good.stderr) == (0, "")
     assert [line.split() for line in good.stdout.splitlines()] == [
-        ["sm_80", family, "1", "kernels"] for family in sorted(REQUIRED)
+        [architecture, family, "1", "kernels"] for architecture in ARCHITECTURES for family in sorted(REQUIRED)
     ]
     spilling = check("for (int i = 0; i < n; ++i) copy[i % kSize] += x[i];")  # an array with an address
     assert spilling.returncode == 1

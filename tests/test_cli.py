@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import types
@@ -106,6 +107,14 @@ def test_chat(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "x", "--threads", "0"], "--threads must be >= 1, got 0"),
         (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--prompt", "x", "--truncate", "tail"], "--truncate needs --max-seq-len"),
+        (
+            ["--prompt", "x", "--truncate", "tail", "--max-seq-len", "100"],
+            "--truncate: --max-new-tokens must be less than --max-seq-len = 100, got 256",
+        ),
+        (
+            ["--prompt", "x", "--truncate", "tail", "--max-seq-len", "100", "--max-new-tokens", "100"],
+            "--truncate: --max-new-tokens must be less than --max-seq-len = 100, got 100",
+        ),
         (["--prompt", "x" * 50, "--max-seq-len", "40", "--max-new-tokens", "5"], "max_seq_len = 40 tokens"),
     ],
 )
@@ -259,3 +268,12 @@ def test_import_errors(setup: str, message: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert f"ImportError: {message}" in result.stderr
+
+
+def test_nothing_needs_the_helpers_of_tests() -> None:
+    """``qwen_sparse.testing`` is for tests and benchmarks; the package does without."""
+    package = Path(qwen_sparse.__file__).parent
+    sources = [path for path in package.rglob("*.py") if path.parent != package / "testing"]
+    assert package / "cli.py" in sources
+    importing = re.compile(r"^\s*(from|import)\s.*\btesting\b", re.MULTILINE)
+    assert [path.name for path in sources if importing.search(path.read_text())] == []

@@ -248,3 +248,11 @@ def with_arg(index: int, value: torch.Tensor) -> list[torch.Tensor]:
 def test_bad_arguments_are_named(args: list[torch.Tensor], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.decode_attention(*args, **kwargs)
+
+
+def test_no_rows_of_several_sequences() -> None:
+    """Slices without rows have strides of their own."""
+    q, *others = with_arg(0, torch.randn(2, 4, 4, 64)[:, :0])
+    out, lse = ops.decode_attention(q, *others, return_lse=True)
+    assert out.shape == (2, 0, 4, 64)
+    assert lse.shape == (2, 0, 4)

@@ -97,7 +97,7 @@ def test_several_sequences(case: Case, write_checkpoint: WriteCheckpoint) -> Non
     pool = model.new_pool(9)
     tables = torch.tensor([[8, 1, 3], [5, 0, 7], [2, 6, 4]], dtype=torch.int32)
     for table, prompt in zip(tables.tolist(), prompts[:2], strict=False):
-        prefill(model, prompt[:-10], cache=PagedKVCache.in_pool(pool, table))
+        prefill(model, prompt[:-10], cache=PagedKVCache(pool, table))
     for _ in range(10):
         lengths = torch.tensor([cache.seqlen for cache in alone])
         tokens = IDS[lengths]
@@ -122,7 +122,12 @@ def test_replayed(case: Case, write_checkpoint: WriteCheckpoint) -> None:
         assert torch.equal(replay(IDS[position : position + 1], torch.tensor([position])), expected)
 
 
-SAMPLERS = [Sampler(), Sampler(temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.2, seed=0)]
+SAMPLERS = {
+    "greedy": Sampler(),
+    "all": Sampler(temperature=1.0, seed=0),
+    "top_p": Sampler(temperature=1.0, top_p=0.9, seed=0),
+    "top_k": Sampler(temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.2, seed=0),
+}
 
 
 class Recorded:
@@ -144,7 +149,7 @@ class Recorded:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "sampling"])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_whole_step_replayed(
     case: Case, sampler: Sampler, write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
@@ -267,7 +272,7 @@ def without_values(model: Qwen2Model) -> Qwen2Model:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "sampling"])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_read_by_the_host(
     case: Case, sampler: Sampler, write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""Sampling, stop strings, streaming, end tokens, and prompt truncation."""
+"""Generation: end tokens, stop strings, streaming, and prompt truncation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qwen_sparse.decoding import decode
 from qwen_sparse.generate import StopStrings
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.sampling import Sampler
+from qwen_sparse.tokenizer import StreamDecoder
 
 VOCAB = TINY["vocab_size"]
 NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)
@@ -28,98 +29,10 @@ def model(write_checkpoint: WriteCheckpoint) -> Qwen2Model:
     return load_model(write_checkpoint(tokenizer=True, dual_chunk_attention_config=DUAL_CHUNK))
 
 
-def random_logits(seed: int = 0) -> Tensor:
-    return 2 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
-
-
-def sample(sampler: Sampler, logits: Tensor, draw: float = 0.5, seen: Tensor = NONE_SEEN) -> list[int]:
-    return sampler(logits[None], seen, torch.tensor([draw], dtype=torch.float64)).tolist()
-
-
 PROMPT = list(b"The grass is green. The sky is blue.")
 
 
-# --- Sampler ---
-
-
-def test_greedy() -> None:
-    logits = random_logits()
-    expected = [int(logits.argmax())]
-    assert sample(Sampler(), logits) == expected
-    assert sample(Sampler(temperature=1.0, top_k=1), logits, 0.99) == expected
-    assert sample(Sampler(temperature=1.0, top_p=1e-6), logits, 0.99) == expected
-
-
-def test_draws_at_the_ends_of_the_distribution() -> None:
-    """The smallest and the largest draw take the first and the last token that is left, whatever the rounding."""
-    logits = random_logits()
-    by_probability = logits.argsort(descending=True).tolist()
-    for top_k in range(1, VOCAB):
-        sampler = Sampler(temperature=1.0, top_k=top_k)
-        assert sample(sampler, logits, 0.0) == by_probability[:1]
-        assert sample(sampler, logits, 1 - 2.0**-53) == by_probability[top_k - 1 : top_k]
-
-
-def test_batch() -> None:
-    """Each sequence by its own logits, history and draw."""
-    sampler = Sampler(temperature=0.8, top_p=0.9, top_k=50, repetition_penalty=1.3, seed=0)
-    logits, seen = torch.stack([random_logits(seed) for seed in range(20)]), torch.rand(20, VOCAB) < 0.3
-    draws = sampler.draws(20)
-    rows = [sampler(logits[i : i + 1], seen[i : i + 1], draws[i : i + 1]) for i in range(20)]
-    assert torch.equal(sampler(logits, seen, draws), torch.cat(rows))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite(value: float, temperature: float) -> None:
-    logits = torch.stack((random_logits(), random_logits()))
-    logits[0, 7] = value
-    logits[1, 7] = -float("inf")  # a token that cannot come
-    sampler = Sampler(temperature=temperature, top_p=0.9)
-    assert (sampler(logits, NONE_SEEN, torch.tensor([0.5, 0.5])) < 0).tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (1.0, 1.0, 5), (0.8, 0.6, 12)]
-)
-def test_distribution_of_transformers(temperature: float, top_p: float, top_k: int) -> None:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = random_logits()
-    warped = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k:
-        warped = TopKLogitsWarper(top_k)(None, warped)
-    if top_p < 1:
-        warped = TopPLogitsWarper(top_p)(None, warped)
-    expected = warped[0].softmax(-1)
-    sampler, draws = Sampler(temperature, top_p, top_k, seed=0), 4000
-    counts = sampler(logits.expand(draws, -1), NONE_SEEN, sampler.draws(draws)).bincount(minlength=VOCAB)
-    assert not counts[expected == 0].any()
-    # Each count is binomial: 5 standard deviations.
-    deviation = (draws * expected * (1 - expected)).sqrt()
-    assert ((counts - draws * expected).abs() <= 5 * deviation + 1).all()
-
-
-def test_repetition_penalty_of_transformers() -> None:
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    for seed in range(20):
-        logits, seen = random_logits(seed), NONE_SEEN.clone()
-        prompt = logits.topk(30).indices
-        seen[0, prompt] = True
-        expected = RepetitionPenaltyLogitsProcessor(1.7)(prompt[None], logits[None].clone())[0].argmax()
-        assert sample(Sampler(repetition_penalty=1.7), logits, seen=seen) == [int(expected)]
-
-
-def test_seeds() -> None:
-    def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(temperature=1.0, seed=seed)
-        tokens: list[int] = sampler(random_logits().expand(20, -1), NONE_SEEN, sampler.draws(20)).tolist()
-        return tokens
-
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    assert draw(None) != draw(None)
+# --- Options ---
 
 
 @pytest.mark.parametrize(
@@ -135,8 +48,9 @@ def test_seeds() -> None:
     ],
 )
 def test_bad_options_are_refused_at_the_call(model: Qwen2Model, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(model, PROMPT, **options)  # not even iterated
+    for call in (generate, generate_text):
+        with pytest.raises(ValueError, match=message):
+            call(model, PROMPT, **options)  # not even iterated
 
 
 # --- Tokens ---
@@ -304,6 +218,15 @@ def test_stop_string(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None
     Scripted(monkeypatch, "one END two ENDE three")
     tokens = list(generate(model, list(b"Hi"), max_new_tokens=22, stop=["ENDE", "nothing"]))
     assert bytes(tokens) == b"one END two ENDE"
+
+
+def test_tokens_are_decoded_once(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[int] = []
+    push = StreamDecoder.push
+    monkeypatch.setattr(StreamDecoder, "push", lambda self, token: pushed.append(token) or push(self, token))
+    Scripted(monkeypatch, "one END two")
+    assert "".join(generate_text(model, "Hi", max_new_tokens=11, stop=["END"])) == "one "
+    assert bytes(pushed) == b"one END"
 
 
 def test_nothing_follows_a_stop_string() -> None:

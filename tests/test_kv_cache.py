@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ def random_kv(n: int, seed: int = 0, num_kv_heads: int = 2) -> tuple[Tensor, Ten
     return k, v
 
 
+def new_cache(config: ModelConfig, *, capacity: int = 0, **options: Any) -> PagedKVCache:
+    return PagedKVCache.owning(KVPool(config, **options), capacity)
+
+
 def fill(cache: PagedKVCache, k: Tensor, v: Tensor) -> None:
     slots = cache.next_slots(k.shape[0])
     for layer in range(cache.pool.config.num_layers):
@@ -40,7 +46,7 @@ def int8_rotation() -> KVRotation:
 
 
 def test_what_is_appended_is_read_back() -> None:
-    cache = PagedKVCache(CONFIG)
+    cache = new_cache(CONFIG)
     k, v = random_kv(300)
     for start, end in ((0, 5), (5, 128), (128, 290), (290, 300)):
         fill(cache, k[start:end], v[start:end])
@@ -52,7 +58,7 @@ def test_what_is_appended_is_read_back() -> None:
 
 
 def test_workspace_is_a_view_of_the_pool() -> None:
-    cache = PagedKVCache(CONFIG, capacity=256)
+    cache = new_cache(CONFIG, capacity=256)
     fill(cache, *random_kv(200))
     k, v = cache.workspace(1, 200)
     assert k.data_ptr() == cache.pool.pages(1).k.data_ptr()
@@ -62,7 +68,7 @@ def test_workspace_is_a_view_of_the_pool() -> None:
 
 
 def test_chunk_counts_only_once_committed() -> None:
-    cache = PagedKVCache(CONFIG)
+    cache = new_cache(CONFIG)
     k, v = random_kv(100)
     fill(cache, k, v)
     cache.pool.append(0, *random_kv(70, seed=1), cache.next_slots(70))  # a chunk that stops after the first layer
@@ -75,7 +81,7 @@ def test_chunk_counts_only_once_committed() -> None:
 
 
 def test_growth_keeps_tokens_and_is_geometric() -> None:
-    cache = PagedKVCache(CONFIG, capacity=128 * 64)
+    cache = new_cache(CONFIG, capacity=128 * 64)
     k, v = random_kv(128 * 64)
     fill(cache, k, v)
     fill(cache, *random_kv(1, seed=1))
@@ -88,7 +94,7 @@ def test_growth_keeps_tokens_and_is_geometric() -> None:
 
 
 def test_truncate() -> None:
-    cache = PagedKVCache(CONFIG)
+    cache = new_cache(CONFIG)
     k, v = random_kv(200)
     fill(cache, k, v)
     cache.truncate(77)
@@ -99,8 +105,8 @@ def test_truncate() -> None:
 
 def test_sequences_share_a_pool() -> None:
     pool = KVPool(CONFIG, num_pages=8)
-    scattered = PagedKVCache.in_pool(pool, [2, 0, 3, 1])
-    together = PagedKVCache.in_pool(pool, [5])
+    scattered = PagedKVCache(pool, [2, 0, 3, 1])
+    together = PagedKVCache(pool, [5])
     k, v = random_kv(600)
     fill(scattered, k[:100], v[:100])
     fill(together, -k[:90], -v[:90])
@@ -128,15 +134,15 @@ def test_sequences_share_a_pool() -> None:
 def test_pages_that_are_filled_already() -> None:
     pool = KVPool(CONFIG, num_pages=4)
     k, v = random_kv(256)
-    fill(PagedKVCache.in_pool(pool, [3, 1]), k, v)
-    again = PagedKVCache.in_pool(pool, [3, 1, 0], seqlen=128)
+    fill(PagedKVCache(pool, [3, 1]), k, v)
+    again = PagedKVCache(pool, [3, 1, 0], seqlen=128)
     assert again.seqlen == 128
     assert torch.equal(again.workspace(0, 128)[0], k[:128])
 
 
 def test_slots_of_several_sequences() -> None:
     tables = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
-    slots = PagedKVCache(CHUNKED, rotation=int8_rotation()).pool.slots(torch.tensor([[127, 128], [5, 255]]), tables)
+    slots = new_cache(CHUNKED, rotation=int8_rotation()).pool.slots(torch.tensor([[127, 128], [5, 255]]), tables)
     assert slots.positions.tolist() == [127, 128, 5, 255]
     assert slots.rotations.tolist() == [127, 0, 5, 127]
     assert slots.slot_mapping.tolist() == [2 * 128 + 127, 0, 128 + 5, 3 * 128 + 127]
@@ -147,7 +153,7 @@ def test_int8(pages: list[int]) -> None:
     rotation = int8_rotation()
     assert rotation.k_bias is not None
     pool = KVPool(CHUNKED, kv_cache_dtype="int8", num_pages=4, rotation=rotation)
-    cache = PagedKVCache.in_pool(pool, pages)
+    cache = PagedKVCache(pool, pages)
     k, v = random_kv(500, num_kv_heads=1)
     positions = torch.arange(500) % CHUNK_LEN
     for layer in range(2):
@@ -169,7 +175,7 @@ def test_int8_bytes_do_not_depend_on_the_cut() -> None:
     k, v = random_kv(300, num_kv_heads=1)
     caches = []
     for cuts in ((300,), (1, 127, 128, 200, 300)):
-        cache = PagedKVCache(CHUNKED, kv_cache_dtype="int8", rotation=int8_rotation())
+        cache = new_cache(CHUNKED, kv_cache_dtype="int8", rotation=int8_rotation())
         start = 0
         for end in cuts:
             fill(cache, k[start:end], v[start:end])
@@ -182,7 +188,7 @@ def test_int8_bytes_do_not_depend_on_the_cut() -> None:
 
 
 def test_layers_share_the_workspace() -> None:
-    cache = PagedKVCache(CHUNKED, kv_cache_dtype="int8", rotation=int8_rotation())
+    cache = new_cache(CHUNKED, kv_cache_dtype="int8", rotation=int8_rotation())
     fill(cache, *random_kv(200, num_kv_heads=1))
     first, second = cache.workspace(0, 200)[0], cache.workspace(1, 200)[0]
     assert first.data_ptr() == second.data_ptr()
@@ -193,7 +199,7 @@ def test_layers_share_the_workspace() -> None:
 
 @pytest.mark.parametrize(("name", "storage"), [("auto", torch.float32), ("int8", torch.int8)])
 def test_nbytes(name: str, storage: torch.dtype) -> None:
-    cache = PagedKVCache(CONFIG, kv_cache_dtype=name, capacity=1000, rotation=KVRotation(torch.ones(32)))
+    cache = new_cache(CONFIG, kv_cache_dtype=name, capacity=1000, rotation=KVRotation(torch.ones(32)))
     assert cache.capacity == 1024
     assert cache.nbytes == kv_cache_bytes(CONFIG, 1000, storage)
     assert f"nbytes={cache.nbytes}" in repr(cache)
@@ -207,11 +213,11 @@ def test_storage_dtype() -> None:
     with pytest.raises(ValueError, match="must be 'auto', 'bfloat16' or 'int8', got 'fp8'"):
         resolve_kv_cache_dtype("fp8", torch.bfloat16)
     with pytest.raises(ValueError, match="rotation must be given"):
-        PagedKVCache(CONFIG, kv_cache_dtype="int8")
+        new_cache(CONFIG, kv_cache_dtype="int8")
 
 
 def test_rules() -> None:
-    cache = PagedKVCache(CONFIG)
+    cache = new_cache(CONFIG)
     k, v = random_kv(10)
     slots = cache.next_slots(10)
     with pytest.raises(ValueError, match=r"slot_mapping must have shape \[n\] = \[9\], got \[10\]"):
@@ -220,18 +226,26 @@ def test_rules() -> None:
         cache.pool.append(0, k[:, :1], v[:, :1], slots)
     with pytest.raises(ValueError, match=r"got \[10, 2, 64\] and \[9, 2, 64\]"):
         cache.pool.append(0, k, v[:9], slots)
-    with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 128\]"):
+    with pytest.raises(ValueError, match=r"num_tokens must be an int in \[0, 128\]"):
         cache.commit(129)
-    with pytest.raises(ValueError, match=r"must be in \[0, seqlen = 0\], got 1"):
+    with pytest.raises(ValueError, match=r"must be an int in \[0, seqlen = 0\], got 1"):
         cache.truncate(1)
+    with pytest.raises(ValueError, match=r"must be an int in \[0, seqlen = 0\], got 0.0"):
+        cache.truncate(0.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"capacity = 128\], got 129"):
         cache.workspace(0, 129)
-    with pytest.raises(ValueError, match="must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="must be an int >= 0, got -1"):
         cache.reserve(-1)
     with pytest.raises(ValueError, match="this one has its own and grows by itself"):
         cache.extend([1])
     pool = KVPool(CONFIG, num_pages=2)
     with pytest.raises(ValueError, match=r"pages must be in \[0, num_pages = 2\), got \[0, 2\]"):
-        PagedKVCache.in_pool(pool, [0, 2])
-    with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 128\]"):
-        PagedKVCache.in_pool(pool, [0], seqlen=129)
+        PagedKVCache(pool, [0, 2])
+    with pytest.raises(ValueError, match=r"pages must be distinct and new to the sequence, got \[1, 1\]"):
+        PagedKVCache(pool, [1, 1])
+    with pytest.raises(ValueError, match=r"pages must be distinct and new to the sequence, got \[0\]"):
+        PagedKVCache(pool, [0, 1]).extend([0])
+    with pytest.raises(ValueError, match=r"num_tokens must be an int in \[0, 128\]"):
+        PagedKVCache(pool, [0], seqlen=129)
+    with pytest.raises(ValueError, match="pool must have no pages yet, got 2"):
+        PagedKVCache.owning(pool)

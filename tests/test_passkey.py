@@ -52,7 +52,8 @@ def test_evaluation_is_disjoint_from_training() -> None:
     assert not set(passkey.SENTENCES["train"]) & set(passkey.SENTENCES["eval"])
     training, held_out = passkey.source_text("train"), passkey.held_out_source()
     assert len(held_out) > 100_000
-    assert not any(held_out[start : start + 500] in training for start in range(0, len(held_out) - 500, 50_000))
+    piece = 2000  # more than a licence's text, which files share
+    assert not any(held_out[start : start + piece] in training for start in range(0, len(held_out) - piece, 50_000))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +106,10 @@ def test_bfloat16() -> None:
     assert found(demo.load_passkey_model("bfloat16"), "dca+sparse", 16) == [True] * 3
 
 
-@pytest.mark.slow
 def test_sixty_four_times_the_trained_length(model: Qwen2Model) -> None:
     assert found(model, "dca+sparse", 64) == [True] * 3
 
 
-@pytest.mark.slow
 def test_dense_dual_chunk_at_sixty_four_times(model: Qwen2Model) -> None:
     prompt = passkey.make_prompt(64 * demo.TRAINED_LENGTH, 0.5, seed=17)
     assert demo.retrieve(model, "dca", prompt).correct
@@ -126,7 +125,6 @@ def answer_log_probability(model: Qwen2Model, prompt: passkey.PasskeyPrompt) -> 
     return float(log_probabilities[torch.arange(len(key)), key].sum())
 
 
-@pytest.mark.slow
 def test_the_temperature_of_dual_chunk_attention_is_needed(model: Qwen2Model) -> None:
     """At 64 times the trained length the softmax dilutes: without m squared, keys next to the question are lost."""
     dual_chunk = model.config.dual_chunk

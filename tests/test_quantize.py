@@ -50,6 +50,16 @@ def test_zero_rows_and_extremes(kernels: str) -> None:
     assert ours[0][1, 0, 5] == -127
 
 
+def test_nan_reaches_its_scale(kernels: str) -> None:
+    """Whichever channel holds it: int8 has no NaN, and a finite scale would make it a number."""
+    k = torch.randn(128, 2, 128)
+    k[range(128), 1, range(128)] = float("nan")
+    _, k_scale, _, v_scale = ops.quantize_kv(k, k.flip(0))
+    assert k_scale[:, 0].isfinite().all()
+    assert k_scale[:, 1].isnan().all()
+    assert v_scale[:, 1].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dequantize(dtype: torch.dtype, kernels: str) -> None:
     k, v, bias = biased_keys(torch.float32)

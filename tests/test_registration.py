@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +110,25 @@ def test_compile_decode() -> None:
     rows, past = torch.randn(1, 2, 4, 64), torch.tensor([18])
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rows, past), step(rows, past))
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("attention: k must have dtype float32, got float16", ValueError),
+        ("qwen_sparse: prefill: CUDA error: out of memory", RuntimeError),
+    ],
+)
+def test_errors_of_later_torch(message: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2.15 on, what an operator throws is a RuntimeError whatever its type."""
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(ops, "_ops", SimpleNamespace(attention=fail))
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        ops.attention(q, k, v)
+    assert type(caught.value) is error
 
 
 def test_build_info_and_cpu_features() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +201,8 @@ q64, k64, _v64 = random_qkv(64, 100, 2, 1, 64, torch.float32)
     [
         ({"vertical_size": -1}, "vertical_size must not be negative, got -1"),
         ({"slash_size": [1, 2, 3]}, "slash_size must be an int or hold num_heads = 2 sizes, got 3"),
+        ({"slash_size": [50.7] * 4}, r"slash_size must be an int or hold ints, got \[50.7, "),
+        ({"slash_size": "1234"}, "slash_size must be an int or hold ints, got '1234'"),
         ({"last_q": 0}, r"last_q must lie in \[1, 64\], got 0"),
         ({"last_q": 65}, r"last_q must lie in \[1, 64\], got 65"),
         ({"q_succ": q64}, "q_succ and chunk_len must be given together"),
@@ -217,6 +220,13 @@ q64, k64, _v64 = random_qkv(64, 100, 2, 1, 64, torch.float32)
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.select_vertical_slash(q64, k64, **{"vertical_size": 10, "slash_size": 10, **kwargs})
+
+
+def test_sizes_of_any_kind_of_int() -> None:
+    expected = ops.select_vertical_slash(q64, k64, vertical_size=5, slash_size=[7] * 2)
+    for sizes in (np.int64(7), torch.tensor(7), torch.full((2,), 7), np.full(2, 7)):
+        found = ops.select_vertical_slash(q64, k64, vertical_size=5, slash_size=sizes)  # type: ignore[arg-type]
+        assert all(map(torch.equal, found, expected))
 
 
 def test_fewer_keys_than_voting_rows_is_refused() -> None:

@@ -42,7 +42,7 @@ def server(engine: ScriptedEngine) -> Iterator[Live]:
 
 @pytest.fixture
 def live(server: Live, engine: ScriptedEngine) -> Live:
-    engine.submitted, engine.refusal, engine.on_submit = [], None, lambda request: None
+    engine.submitted, engine.refusal, engine.healthy, engine.on_submit = [], None, True, lambda request: None
     server.records.clear()
     return server
 
@@ -201,10 +201,29 @@ def test_completion_logprobs(live: Live, engine: ScriptedEngine) -> None:
         "tokens": ["a", "?", "b"],
         "token_logprobs": [-0.5] * 3,
         "top_logprobs": [alternatives, {**alternatives, "?": -0.5}, {**alternatives, "b": -0.5}],
-        "text_offset": [0, 1, 2],
+        "text_offset": [0, 1, 1],  # the second one showed nothing
     }
     chunks = events_of(live.send("POST", COMPLETIONS, {"prompt": "x", "logprobs": 3, "stream": True})[2])[:-1]
-    assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:-1]] == [[0], [1], [2]]
+    assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:-1]] == [[0], [1], [1]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_count_characters_that_several_tokens_spell(
+    live: Live, engine: ScriptedEngine, stream: bool
+) -> None:
+    def act(request: Submitted) -> None:
+        for token, text in ((0xC3, ""), (0xA9, "é"), (0x61, "a")):
+            request.listener(NewToken(token, text, LOGPROBS))
+        request.finish("length", "", 3)
+
+    engine.on_submit = act
+    _, _, data = live.send("POST", COMPLETIONS, {"prompt": "x", "logprobs": 0, "stream": stream})
+    answers = events_of(data)[:-1] if stream else [json.loads(data)]
+    choices = [answer["choices"][0] for answer in answers]
+    assert "".join(choice["text"] for choice in choices) == "éa"
+    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert [offset for logprobs in found for offset in logprobs["text_offset"]] == [0, 0, 1]
+    assert [token for logprobs in found for token in logprobs["tokens"]] == ["\ufffd", "\ufffd", "a"]
 
 
 def test_keep_alive_comments_while_nothing_happens(live: Live, engine: ScriptedEngine) -> None:
@@ -451,7 +470,7 @@ def test_metrics(live: Live, engine: ScriptedEngine) -> None:
     before = metrics_of(live)
     engine.on_submit = answer("a", "b", "c")
     live.send("POST", CHAT, chat())
-    never_scheduled = Finished("length", "", None, stats(0, scheduled=None, first_token=None, density=None))
+    never_scheduled = Finished("length", "", stats(0, scheduled=None, first_token=None, density=None))
     engine.on_submit = lambda request: request.listener(never_scheduled)
     live.send("POST", CHAT, chat(stream=True))
     after = metrics_of(live)
@@ -489,7 +508,8 @@ def test_metrics(live: Live, engine: ScriptedEngine) -> None:
         assert after[prefix + name] == value, name
 
 
-def test_health(live: Live, engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("turn", ["first", "second"])  # nothing is left of the first
+def test_health(live: Live, engine: ScriptedEngine, turn: str) -> None:
     status, _, data = live.send("GET", "/health")
     assert (status, data) == (200, b"")
     engine.healthy = False  # a GPU that answers no more

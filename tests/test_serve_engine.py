@@ -129,7 +129,7 @@ def test_several_at_a_time(attention: Any, kv_cache_dtype: str) -> None:
         for tokens, listener in zip(prompts, listeners, strict=True):
             finished = listener.end()
             assert listener.tokens == expected(tokens, model)
-            assert (finished.reason, finished.stop) == ("length", None)
+            assert finished.reason == "length"
             assert finished.stats.prompt_tokens == len(tokens)
             assert finished.stats.completion_tokens == 20
             density = finished.stats.density
@@ -181,12 +181,10 @@ def test_stops() -> None:
         assert whole.end().reason == "length"
         assert whole.text.startswith(text.key)
         by_text = ask(engine, tokens, stop=(text.key[2:4],))[0]
-        finished = by_text.end()
-        assert (finished.reason, finished.stop) == ("stop", text.key[2:4])
+        assert by_text.end().reason == "stop"
         assert by_text.text == text.key[:2]
         by_token = ask(engine, tokens, stop_token_ids=frozenset([ord(text.key[3])]))[0]
-        finished = by_token.end()
-        assert (finished.reason, finished.stop) == ("stop", ord(text.key[3]))
+        assert by_token.end().reason == "stop"
         assert by_token.text == text.key[: text.key.index(text.key[3])]
         open_end = ask(engine, tokens, max_new_tokens=2, stop=(text.key[1:3],))[0]
         assert open_end.end().reason == "length"
@@ -341,21 +339,103 @@ def test_pages_are_used_again_when_there_are_no_others() -> None:
 # --- Too little of something ---
 
 
-def test_preemption() -> None:
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "repetition_penalty": 1.2, "seed": 5}])
+def test_preemption(sampling: dict[str, Any]) -> None:
     """Three grow beyond the pages there are: those that came last wait, and go on where they were."""
     memory = 6 * kv_cache_bytes(MODEL.config, 128, torch.float32)
     prompts = [prompt(200, seed=seed) for seed in range(3)]
     with serving(max_model_len=512, kv_cache_memory=memory, chunk_tokens=128) as engine:
-        listeners = [ask(engine, tokens, max_new_tokens=100)[0] for tokens in prompts]
+        listeners = [ask(engine, tokens, max_new_tokens=100, sampler=Sampler(**sampling))[0] for tokens in prompts]
         ends = [listener.end() for listener in listeners]
         assert engine.snapshot().preemptions > 0
         assert sum(end.stats.preemptions for end in ends) == engine.snapshot().preemptions
         assert ends[0].stats.preemptions == 0
     for tokens, listener, end in zip(prompts, listeners, ends, strict=True):
-        assert listener.tokens == expected(tokens, max_new_tokens=100)
+        assert listener.tokens == expected(tokens, max_new_tokens=100, **sampling)
         assert end.stats.prompt_tokens == len(tokens)
         assert end.stats.completion_tokens == 100
         assert max(event.processed for event in listener.progress) == len(tokens)
+
+
+def ask_two(
+    engine: Engine, first: GenerationRequest, second: GenerationRequest, *, after: int
+) -> tuple[Listener, Listener]:
+    """The second is asked for in the engine's thread when the first has so many tokens: it goes the same every time."""
+    listeners = Listener(), Listener()
+
+    def listen(event: Event) -> None:
+        listeners[0](event)
+        if is_token(event) and len(listeners[0].tokens) == after:
+            engine.submit(second, listeners[1])
+
+    engine.submit(first, listen)
+    return listeners
+
+
+@pytest.mark.parametrize("attention", ["auto", "sparse"])
+def test_what_was_preempted_is_computed_as_the_first_time(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is below the threshold, 2048 tokens; prompt and output are above it. An output is always dense."""
+    real, calls = Qwen2Model.forward, []
+
+    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+        if cache.capacity >= 2048:
+            calls.append((cache.seqlen, cache.seqlen + ids.shape[0], options["sparse"]))
+        return real(self, ids, cache, **options)
+
+    model = MODEL.with_options(attention=attention)
+    short, long = prompt(20), prompt(2200)[-2040:]
+    memory = 19 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # two and 17 pages are in use when an 18th is wanted
+    with serving(model, max_model_len=2304, kv_cache_memory=memory, prefix_caching=False) as engine:
+        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        first, second = ask_two(
+            engine,
+            GenerationRequest(short, 200, stop_token_ids=frozenset()),
+            GenerationRequest(long, 150, stop_token_ids=frozenset()),
+            after=1,
+        )
+        assert first.end().stats.preemptions == 0
+        stats = second.end().stats
+        monkeypatch.undo()
+    sparse = attention == "sparse"
+    of_prompt = [(0, 512, sparse), (512, 1024, sparse), (1024, 1536, sparse), (1536, 2040, sparse)]
+    assert calls == [*of_prompt, *of_prompt, (2040, 2177, False)]
+    assert (stats.preemptions, stats.completion_tokens) == (1, 150)
+    assert first.tokens == expected(short, model, max_new_tokens=200)
+    assert second.tokens == expected(long, model, max_new_tokens=150)
+
+
+@pytest.mark.parametrize(("prefix_caching", "again"), [(True, 384), (False, 0)])
+def test_preemption_in_the_middle_of_a_prompt(
+    prefix_caching: bool, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress goes on from where it was, whether pages of the prompt are still known or have to be computed again."""
+    real, starts = Qwen2Model.forward, []
+
+    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+        if options["prompt_len"] == 1000:
+            starts.append(cache.seqlen)
+        return real(self, ids, cache, **options)
+
+    short, long = prompt(100), prompt(1200, seed=1)[-1000:]
+    options = {"max_model_len": 1024, "chunk_tokens": 128, "prefix_caching": prefix_caching}
+    memory = 9 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # all are in use when the first needs its second
+    with serving(kv_cache_memory=memory, **options) as engine:
+        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        first, second = ask_two(
+            engine,
+            GenerationRequest(short, 60, stop_token_ids=frozenset()),
+            GenerationRequest(long, 20, stop_token_ids=frozenset()),
+            after=27,
+        )
+        assert first.end().stats.preemptions == 0
+        stats = second.end().stats
+        monkeypatch.undo()
+    whole = list(range(0, 1000, 128))
+    assert starts == [0, 128, 256, *whole[again // 128 :]]
+    assert (stats.preemptions, stats.cached_tokens) == (1, 0)
+    assert [event.processed for event in second.progress] == [*whole, 1000]
+    assert first.tokens == expected(short, max_new_tokens=60)
+    assert second.tokens == expected(long)
 
 
 def test_queue_is_bounded() -> None:
@@ -389,6 +469,20 @@ def test_refused_before_any_work() -> None:
         with pytest.raises(ValueError, match=r"logprobs must be in \[0, vocab_size = 264\], got 265"):
             ask(engine, [3], logprobs=265)
         assert engine.snapshot().waiting == 0
+
+
+def test_the_model_s_limit() -> None:
+    """Pages are planned for the length that is taken, which the model's ``max_seq_len`` may make longer or shorter."""
+    longer, shorter = replace(DENSE, max_seq_len=2000), replace(DENSE, max_seq_len=300)
+    with serving(longer, max_model_len=None, max_num_seqs=1) as engine:
+        assert (engine.max_model_len, engine._pages.num_pages) == (2000, 16)
+        listener = ask(engine, prompt(1990)[:1980])[0]
+        listener.end()
+        assert listener.tokens == expected(prompt(1990)[:1980])
+    with serving(shorter, max_model_len=None, max_num_seqs=1) as engine:
+        assert (engine.max_model_len, engine._pages.num_pages) == (300, 3)
+    with pytest.raises(ValueError, match="max_model_len must be at most 300, the model's max_seq_len, got 2048"):
+        Engine(shorter, EngineOptions(max_model_len=2048))
 
 
 def test_short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +528,10 @@ def test_pages_without_memory_are_not_touched(monkeypatch: pytest.MonkeyPatch) -
 # --- Clients that go, and things that fail ---
 
 
+STEPS = [(Qwen2Model, "forward"), (Qwen2Model, "decode_step"), (PagedKVCache, "__init__"), (PagedKVCache, "extend")]
+"""Where a request may fail; ``extend`` is called when 300 tokens have become 384."""
+
+
 def test_cancel() -> None:
     """In the queue, in prefill, and in the answer; the others do not notice."""
     with serving(max_num_seqs=2, chunk_tokens=128) as engine:
@@ -475,11 +573,12 @@ def test_a_listener_that_raises() -> None:
     ("error", "message", "retry"),
     [(RuntimeError("by chance"), "RuntimeError: by chance", False), (MemoryError(), "memory ran out", True)],
 )
-@pytest.mark.parametrize("where", ["forward", "decode_step"])
+@pytest.mark.parametrize(("owner", "name"), STEPS)
 def test_a_step_that_fails(
-    where: str, error: Exception, message: str, retry: bool, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, error: Exception, message: str, retry: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(Qwen2Model, where)
+    """In the model, or where the cache takes memory of the device: one request fails, and the next one is answered."""
+    real = getattr(owner, name)
     failures = [error]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -488,13 +587,16 @@ def test_a_step_that_fails(
         return real(*args, **kwargs)
 
     with serving() as engine:
-        monkeypatch.setattr(Qwen2Model, where, failing)
-        failed = ask(engine, prompt(300))[0].wait_for(lambda event: isinstance(event, Failed))
+        monkeypatch.setattr(owner, name, failing)
+        listener = ask(engine, prompt(300), max_new_tokens=100)[0]
+        failed = listener.wait_for(lambda event: isinstance(event, (Finished, Failed)))
         assert isinstance(failed, Failed)
         assert (failed.message, failed.retry) == (message, retry)
-        listener = ask(engine, prompt(300))[0]
+        assert failed is listener.events[-1]
+        listener = ask(engine, prompt(300), max_new_tokens=100)[0]
         listener.end()
-        assert listener.tokens == expected(prompt(300))
+        assert listener.tokens == expected(prompt(300), max_new_tokens=100)
+        assert engine.healthy
 
 
 def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,18 +617,22 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
 
 
-def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), STEPS)
+def test_a_broken_device_ends_the_engine(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was being served or waited hears of it, once."""
+
     def failing(*args: Any, **kwargs: Any) -> Tensor:
         while engine.snapshot().waiting < 1:
             time.sleep(0.001)
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    with serving() as engine:
-        monkeypatch.setattr(Qwen2Model, "forward", failing)
-        listeners = [ask(engine, prompt(300))[0] for _ in range(2)]
+    with serving(max_num_seqs=1) as engine:
+        monkeypatch.setattr(owner, name, failing)
+        listeners = [ask(engine, prompt(300), max_new_tokens=100)[0] for _ in range(2)]
         for listener in listeners:
             assert isinstance(listener.wait_for(lambda event: isinstance(event, Failed)), Failed)
         engine._thread.join(timeout=60)
+        assert [sum(isinstance(event, Failed) for event in listener.events) for listener in listeners] == [1, 1]
         assert not engine.healthy
         with pytest.raises(ShuttingDownError, match="it is broken"):
             ask(engine, prompt(100))
@@ -586,7 +692,7 @@ def test_padded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DecodeBatch(DENSE, pool, max_pages=4, padding_page=12)
     prompts = [torch.tensor(prompt(length, seed=length)) for length in (130, 300, 64)]
     tables = [[3, 0, 7], [1, 4, 9], [2]]
-    together = [PagedKVCache.in_pool(pool, table) for table in tables]
+    together = [PagedKVCache(pool, table) for table in tables]
     alone = [prefill(DENSE, tokens).cache for tokens in prompts]
     for tokens, cache in zip(prompts, together, strict=True):
         prefill(DENSE, tokens, cache=cache)

@@ -138,9 +138,11 @@ TestUsers.settings = settings(max_examples=100, deadline=None)
 
 
 def plan(available: int | None, weights_loaded: bool = True, config: ModelConfig = CONFIG, **options: Any) -> int:
+    engine_options = EngineOptions(**options)
     return plan_pages(
         config,
-        EngineOptions(**options),
+        engine_options,
+        longest=engine_options.length_for(config),
         available=available,
         kv_cache_dtype="auto",
         dtype=torch.float32,
@@ -202,3 +204,10 @@ def test_rules() -> None:
         plan(2**40, max_model_len=5000)
     assert EngineOptions(max_model_len=100).length_for(CONFIG) == 100
     assert EngineOptions().length_for(replace(CONFIG, max_position_embeddings=77)) == 77
+    chunks = {"chunk_size": 512, "local_size": 128, "original_max_position_embeddings": 512}
+    dual_chunk = ModelConfig.from_dict({**TINY, "dual_chunk_attention_config": chunks})
+    assert EngineOptions(max_model_len=5000).length_for(dual_chunk) == 5000
+    assert EngineOptions().length_for(dual_chunk, 300) == 300
+    for config in (CONFIG, dual_chunk):
+        with pytest.raises(ValueError, match="max_model_len must be at most 300, the model's max_seq_len, got 301"):
+            EngineOptions(max_model_len=301).length_for(config, 300)

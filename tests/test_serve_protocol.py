@@ -50,6 +50,8 @@ HARMLESS = {
     "include_stop_str_in_output": False,
 }
 HARMLESS_IN_CHAT = {
+    "logprobs": False,
+    "top_logprobs": 0,
     "tools": [],
     "tool_choice": "auto",
     "response_format": {"type": "text"},
@@ -124,6 +126,9 @@ def test_what_completions_lack(name: str, value: object) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value", "got 'tool'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type", "must be a string"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type", "must be a string"),
+        ({"messages": [{"content": None, "role": "system"}]}, "messages[0].content", "invalid_type", "got None"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing_required_parameter", "is required"),
+        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].role", "invalid_value", "got 'tool'"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_type", "list of text parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -148,6 +153,7 @@ def test_what_completions_lack(name: str, value: object) -> None:
         ({"stop": "x" * 257}, "stop[0]", "invalid_value", "at most 256 characters"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value", "greater than or equal to 0"),
         ({"top_logprobs": 3}, None, "invalid_value", "top_logprobs goes with logprobs = true only"),
+        ({"logprobs": False, "top_logprobs": 1}, None, "invalid_value", "top_logprobs goes with logprobs = true only"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "less than or equal to 20, got 21"),
         ({"stream_options": {}}, None, "invalid_value", "stream_options goes with stream = true only"),
         ({"return_progress": True}, None, "invalid_value", "return_progress goes with stream = true only"),
@@ -211,10 +217,11 @@ def test_messages_become_the_template_s() -> None:
                 "name": "x",
             },
             {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []},
+            {"content": None, "role": "assistant"},
         ]
     )
     made = generation_request(request, tokenizer(), (256,), SamplingDefaults())
-    assert bytes(made.prompt) == b"[system]Be brief.[user]a\nb\x00[assistant]c"
+    assert bytes(made.prompt) == b"[system]Be brief.[user]a\nb\x00[assistant]c[assistant]"
 
 
 def test_a_template_may_refuse() -> None:

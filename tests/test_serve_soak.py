@@ -12,7 +12,6 @@ from collections import Counter
 from typing import Any
 
 import psutil
-import pytest
 
 from qwen_sparse import generate_text
 from qwen_sparse.serve.api import PREPARING_THREADS
@@ -132,7 +131,6 @@ class Clients:
         assert data.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404"))
 
 
-@pytest.mark.slow
 def test_soak() -> None:
     process = psutil.Process()
     with running_engine(kv_cache_memory=2**24, max_queue=48) as engine, live_server(engine) as live:

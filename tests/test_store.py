@@ -115,6 +115,10 @@ RULES = [
         {name: torch.zeros(NUM_PAGES, PAGE_SIZE, 2, 64, dtype=torch.int8) for name in ("k_cache", "v_cache")},
         r"k_cache must have num_kv_heads = 3 \(that of k\), got 2",
     ),
+    (
+        {"k_cache": torch.zeros(1, PAGE_SIZE, 3, 64, dtype=torch.int8).expand(NUM_PAGES, -1, -1, -1)},
+        "k_cache is written to and must not be expanded, got stride 0 in dimension 0",
+    ),
     ({"v": torch.zeros(NUM_ROWS, 3, 128, dtype=torch.bfloat16)}, "v must have shape"),
     ({"positions": None}, "positions must be given with k_bias, got None"),
     (

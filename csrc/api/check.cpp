@@ -98,6 +98,13 @@ DType check_attention_dtype(const char* op, const char* name, const Tensor& tens
   return dtype;
 }
 
+void check_writable(const char* op, const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    check(tensor.size(i) <= 1 || tensor.stride(i) != 0, op, name,
+          " is written to and must not be expanded, got stride 0 in dimension ", i, " of ", shape_of(tensor));
+  }
+}
+
 void check_head_dim(const char* op, int64_t head_dim) {
   check(head_dim == 64 || head_dim == 128, op, "head_dim must be 64 or 128, got ", head_dim);
 }
@@ -145,8 +152,9 @@ int64_t check_window(const char* op, std::optional<int64_t> window) {
 }
 
 float check_softmax_scale(const char* op, double softmax_scale) {
-  check(std::isfinite(softmax_scale), op, "softmax_scale must be finite, got ", softmax_scale);
-  return static_cast<float>(softmax_scale);
+  const auto scale = static_cast<float>(softmax_scale);
+  check(std::isfinite(scale), op, "softmax_scale must be finite in float32, got ", softmax_scale);
+  return scale;
 }
 
 void check_indexes(const char* op, const char* name, const Tensor& indexes, int64_t num_heads, int64_t seqlen_k,

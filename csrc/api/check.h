@@ -46,6 +46,8 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarT
 DType check_float_dtype(const char* op, const char* name, const Tensor& tensor);
 // The same, unless the backend's attention kernels take 16-bit types only.
 DType check_attention_dtype(const char* op, const char* name, const Tensor& tensor, const Device& device);
+// No two elements at one address.
+void check_writable(const char* op, const char* name, const Tensor& tensor);
 void check_head_dim(const char* op, int64_t head_dim);
 // `second` is given iff `first` is.
 void check_together(const char* op, const char* first_name, bool first, const char* second_name, bool second);

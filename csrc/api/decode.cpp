@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_cac
                  {"num_heads", shape.num_heads},
                  {"head_dim", shape.head_dim}});
     check_dtype(kOp, name, rows, q.scalar_type());
-    check(params.batch <= 1 || rows.stride(0) == shape.seqlen_q * rows.stride(1), kOp, name,
+    check(params.batch <= 1 || rows.numel() == 0 || rows.stride(0) == shape.seqlen_q * rows.stride(1), kOp, name,
           " must have evenly spaced rows over batch and seqlen_q, got strides ", rows.stride(0), " and ",
           rows.stride(1));
   };

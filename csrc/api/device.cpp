@@ -37,6 +37,7 @@ Device check_device(const char* op, std::initializer_list<NamedTensor> tensors) 
   const NamedTensor& first = *tensors.begin();
   for (const NamedTensor& other : tensors) {
     if (other.tensor == nullptr) continue;
+    check(other.tensor->defined(), op, other.name, " must be a tensor, got None");
     check(other.tensor->is_cpu() == first.tensor->is_cpu() && other.tensor->get_device() == first.tensor->get_device(),
           op, other.name, " must be on the device of ", first.name, " (", name_of(*first.tensor), "), got ",
           name_of(*other.tensor));

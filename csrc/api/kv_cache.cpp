@@ -129,9 +129,13 @@ void store_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, 
           "slot_mapping must lie in [0, num_pages * page_size = ", num_slots, "), got ", params.slot_mapping[i],
           " at [", i, "]");
   }
+  check_writable(kOp, "k_cache", k_cache);
+  check_writable(kOp, "v_cache", v_cache);
   params.k_cache = mutable_pages_of(k_cache);
   params.v_cache = mutable_pages_of(v_cache);
   if (is_int8) {
+    check_writable(kOp, "k_scale", *k_scale);
+    check_writable(kOp, "v_scale", *v_scale);
     params.k_scale = mutable_pages_of(*k_scale);
     params.v_scale = mutable_pages_of(*v_scale);
   }
@@ -164,6 +168,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   for (const auto& [name, out] : {std::pair{"k_out", &k_out}, std::pair{"v_out", &v_out}}) {
     check(out->stride(1) == params.head_dim || params.num_kv_heads <= 1, kOp, name,
           " must have contiguous rows, got a head stride of ", out->stride(1));
+    check_writable(kOp, name, *out);
   }
 
   const bool is_int8 = check_pages(kOp, k_cache, v_cache, k_scale, v_scale, k_bias, "k_out", k_out);

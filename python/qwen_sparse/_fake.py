@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,9 +16,30 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def _fake(name: str) -> Callable[[F], F]:
-    """``torch.library.register_fake`` with a type."""
-    decorator: Callable[[F], F] = torch.library.register_fake(f"qwen_sparse::{name}")
-    return decorator
+    """``torch.library.register_fake`` for functions of tensors on one device.
+
+    Real tensors get here too where one among them is on the meta device.
+    """
+
+    def register(function: F) -> F:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def shapes(*arguments: object) -> object:
+            tensors = [(n, a) for n, a in zip(names, arguments, strict=False) if isinstance(a, Tensor)]
+            first_name, first = tensors[0]
+            for other_name, other in tensors:
+                if other.device != first.device:
+                    raise ValueError(
+                        f"{name}: {other_name} must be on the device of {first_name} ({first.device}), "
+                        f"got {other.device}"
+                    )
+            return function(*arguments)
+
+        torch.library.register_fake(f"qwen_sparse::{name}", shapes)
+        return function
+
+    return register
 
 
 def _min(a: int, b: int) -> int:

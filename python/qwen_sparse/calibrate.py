@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 from .checkpoint import read_json
 from .config import SparseConfig, SparseSwitches, served_columns
+from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.qwen2 import Queries, Qwen2Model
 from .passkey import make_prompt
 from .prefill import chunk_ends, token_tensor
-from .testing import machine
 
 __all__ = [
     "BASE_LENGTH",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .documents import Document, read_document
-from .generate import generate, stream_text
+from .generate import StopStrings, generate, stream_text
 from .models.qwen2 import Qwen2Model
 from .sampling import Sampler
 
@@ -115,13 +115,14 @@ class ChatSession:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._sampler = Sampler(**sampling)
         self._max_new_tokens, self._stop, self._progress = max_new_tokens, stop, progress
-        self._options = {**sampling, "max_new_tokens": max_new_tokens, "stop": stop, "chunk_tokens": chunk_tokens}
+        self._options = {**sampling, "max_new_tokens": max_new_tokens, "chunk_tokens": chunk_tokens}
         self._documents: list[Document] = []
         self._turns: list[Turn] = []
         self._cache = model.new_cache()
         self._encoded: dict[str, list[int]] = {}
         self._sequence: list[int] = []  # its first cache.seqlen tokens are those in the cache, whatever was interrupted
-        self._generate(self._encode("?"))  # only its checks
+        StopStrings(stop)  # only its checks
+        self._generate(self._encode("?"))  # likewise
 
     @property
     def turns(self) -> Sequence[Turn]:
@@ -180,8 +181,9 @@ class ChatSession:
         tokens = self._generate(prompt)
         cached = self._cache.seqlen
         turn = Turn(self._content(question), len(self._pending), cached, len(prompt) - cached)
+        text = stream_text(self._record(tokens, turn, began), self._tokenizer, StopStrings(self._stop))
         try:
-            for piece in stream_text(self._record(tokens, turn, began), self._tokenizer, self._stop):
+            for piece in text:
                 turn.answer += piece
                 show(piece)
             turn.finished = True
@@ -220,7 +222,6 @@ class ChatSession:
             cache=self._cache,
             cached_ids=() if self._sampler.repetition_penalty == 1 else prompt[:kept],
             progress=self._progress and len(prompt) - kept >= _BAR_TOKENS,
-            tokenizer=self._tokenizer,
             **self._options,
         )
 

@@ -149,7 +149,13 @@ def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Se
         return tokens
     if model.max_seq_len is None:
         raise ValueError("--truncate needs --max-seq-len: this model has no limit of its own")
-    return truncate_prompt(tokens, model.max_seq_len - args.max_new_tokens, keep=args.truncate)
+    room = model.max_seq_len - args.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--truncate: --max-new-tokens must be less than --max-seq-len = {model.max_seq_len}, "
+            f"got {args.max_new_tokens}"
+        )
+    return truncate_prompt(tokens, room, keep=args.truncate)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -219,9 +225,12 @@ def _run_calibrate(args: argparse.Namespace) -> int:
         source: dict[str, object] = {"synthetic": "passkey", "seed": args.seed}
     else:
         text = _prompt_text(None, args.file)
-        tokens = model.tokenizer.encode(text)[: max(args.length, 0)]
-        if len(tokens) < args.length or args.length < 1:
+        tokens = model.tokenizer.encode(text)
+        if not tokens:
+            raise ValueError(f"--file: {args.file} must have text, and has none")
+        if not 1 <= args.length <= len(tokens):
             raise ValueError(f"--length must be in [1, {len(tokens)}], the tokens of {args.file}, got {args.length}")
+        tokens = tokens[: args.length]
         source = {"file": Path(args.file).name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     result = calibrate(
         model,

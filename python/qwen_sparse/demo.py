@@ -24,10 +24,10 @@ from . import _C
 from .evaluate import Mode, answer
 from .evaluate.figures import draw_heat_maps
 from .loader import load_model
+from .machine import machine
 from .memory import format_bytes
 from .models.qwen2 import Qwen2Model
 from .passkey import PasskeyPrompt, make_prompt
-from .testing import machine
 
 __all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run"]
 

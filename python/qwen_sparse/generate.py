@@ -22,10 +22,16 @@ T = TypeVar("T")
 
 
 class StopStrings:
-    """Holds text back while it could still become a stop string, and cuts it where one begins."""
+    """Holds text back while it could still become a stop string, and cuts it where one begins.
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+    Raises:
+        ValueError: ``stop`` holds something other than non-empty strings.
+    """
+
+    def __init__(self, stop: str | Sequence[str]) -> None:
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in self._stop):
+            raise ValueError(f"stop must be non-empty strings, got {stop!r}")
         self._held = ""
         self.found: str | None = None
         """The stop string that ended the text."""
@@ -110,7 +116,7 @@ def generate(
         >>> list(generate(model, model.tokenizer.encode("1, 2, 3,"), max_new_tokens=8))
     """
     sampler = Sampler(temperature, top_p, top_k, repetition_penalty, seed)
-    stop = _stop_strings(stop)
+    stopper = StopStrings(stop)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     tokens = token_tensor(model, input_ids)
@@ -123,7 +129,7 @@ def generate(
     )
     penalised = tokens if len(cached_ids) == 0 else torch.cat((token_tensor(model, cached_ids), tokens))
     ends = frozenset(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
-    text = _StoppingText(model.tokenizer if tokenizer is None else tokenizer, stop) if stop else None
+    decoder = StreamDecoder(model.tokenizer if tokenizer is None else tokenizer) if stop else None
     cache = model.new_cache() if cache is None else cache
 
     def run() -> Iterator[int]:
@@ -142,8 +148,10 @@ def generate(
             cuda_graph=cuda_graph,
         ):
             yield token
-            if text is not None and text.ended_by(token):
-                return
+            if decoder is not None:
+                stopper.push(decoder.push(token))
+                if stopper.found is not None:
+                    return
 
     return run()
 
@@ -182,7 +190,7 @@ def generate_text(
         FileNotFoundError: no tokenizer was given and the model has none.
         ValueError, MemoryError: see :func:`generate`.
     """
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    tokenizer, stopper = model.tokenizer if tokenizer is None else tokenizer, StopStrings(stop)
     tokens = generate(
         model,
         tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
@@ -191,46 +199,27 @@ def generate_text(
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
-        stop=stop,
         stop_token_ids=stop_token_ids,
         seed=seed,
         cache=cache,
         cached_ids=cached_ids,
         chunk_tokens=chunk_tokens,
         progress=progress,
-        tokenizer=tokenizer,
         cuda_graph=cuda_graph,
     )
-    return stream_text(tokens, tokenizer, stop)
+    return stream_text(tokens, tokenizer, stopper)
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> Iterator[str]:
-    """The text of :func:`generate`'s tokens, piece by piece; arguments as of :func:`generate_text`."""
-    decoder, stopper = StreamDecoder(tokenizer), StopStrings(_stop_strings(stop))
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stopper: StopStrings) -> Iterator[str]:
+    """The text of :func:`generate`'s tokens, piece by piece; no token is taken behind a stop string."""
+    decoder = StreamDecoder(tokenizer)
     for token in tokens:
         if piece := stopper.push(decoder.push(token)):
             yield piece
+        if stopper.found is not None:
+            return
     if piece := stopper.push(decoder.flush()) + stopper.flush():
         yield piece
-
-
-class _StoppingText:
-    """The text of the tokens so far, as far as stop strings need it."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._decoder, self._stopper = StreamDecoder(tokenizer), StopStrings(stop)
-
-    def ended_by(self, token: int) -> bool:
-        """Whether this token completes a stop string."""
-        self._stopper.push(self._decoder.push(token))
-        return self._stopper.found is not None
-
-
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
-    return strings
 
 
 @overload

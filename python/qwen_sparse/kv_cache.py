@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -276,60 +277,56 @@ class PagedKVCache:
     the sequence with :meth:`commit`; until then :attr:`seqlen` does not move, so that an interrupt or an error in
     between leaves the cache as it was after the last whole chunk.
 
+    Made by the constructor, it is a sequence in pages of a pool that others share: it gets more pages through
+    :meth:`extend` and never grows the pool. Made by :meth:`owning`, it has the pool to itself.
+
     Args:
-        config, dtype, kv_cache_dtype, rotation, device: see :class:`KVPool`; the cache makes one for itself.
-        capacity: tokens to reserve now; the cache grows on demand.
+        pool: the pages.
+        pages: numbers of the sequence's pages, in order.
+        seqlen: tokens that they hold already.
 
     Raises:
-        ValueError: see :class:`KVPool`.
+        ValueError: a page that does not exist or is given twice, or more tokens than the pages hold.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        dtype: torch.dtype | None = None,
-        kv_cache_dtype: str = "auto",
-        capacity: int = 0,
-        rotation: KVRotation | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        pool = KVPool(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, rotation=rotation, device=device)
-        self._begin(pool, (), 0, owned=True)
-        self.reserve(capacity)
-
-    @classmethod
-    def in_pool(cls, pool: KVPool, pages: Sequence[int], seqlen: int = 0) -> PagedKVCache:
-        """A sequence in pages of a shared pool; it gets more through :meth:`extend` and never grows the pool.
-
-        Args:
-            pool: the pages.
-            pages: numbers of the sequence's pages, in order.
-            seqlen: tokens that they hold already.
-
-        Raises:
-            ValueError: a page that does not exist, or more tokens than the pages hold.
-        """
-        cache = cls.__new__(cls)
-        cache._begin(pool, pages, seqlen, owned=False)
-        return cache
-
-    def _begin(self, pool: KVPool, pages: Sequence[int], seqlen: int, *, owned: bool) -> None:
+    def __init__(self, pool: KVPool, pages: Sequence[int] = (), seqlen: int = 0) -> None:
         self.pool = pool
         self.block_table = torch.empty(1, 0, dtype=torch.int32, device=pool.device)
         """int32 ``[1, max_pages]``."""
-        self._owned = owned
+        self._owns_pool = False
         self._pages: list[int] = []
+        self._held: set[int] = set()
         self._consecutive = True
         self._seqlen = 0
         self._add(pages)
         self.commit(seqlen)
 
+    @classmethod
+    def owning(cls, pool: KVPool, capacity: int = 0) -> PagedKVCache:
+        """A sequence that is alone in ``pool``, which grows with it.
+
+        Args:
+            pool: without pages.
+            capacity: tokens to reserve now.
+
+        Raises:
+            ValueError: the pool has pages, or a negative capacity.
+        """
+        if pool.num_pages > 0:
+            raise ValueError(f"owning: pool must have no pages yet, got {pool.num_pages}")
+        cache = cls(pool)
+        cache._owns_pool = True
+        cache.reserve(capacity)
+        return cache
+
     def _add(self, pages: Sequence[int]) -> None:
         if not all(0 <= page < self.pool.num_pages for page in pages):
             raise ValueError(f"pages must be in [0, num_pages = {self.pool.num_pages}), got {list(pages)}")
+        if len(set(pages)) < len(pages) or not self._held.isdisjoint(pages):
+            raise ValueError(f"pages must be distinct and new to the sequence, got {list(pages)}")
+        self._consecutive &= all(b == a + 1 for a, b in pairwise([*self._pages[-1:], *pages]))
         self._pages += pages
-        self._consecutive = self._pages == list(range(self._first, self._first + len(self._pages)))
+        self._held.update(pages)
         added = torch.tensor([list(pages)], dtype=torch.int32, device=self.pool.device)
         self.block_table = torch.cat((self.block_table, added), dim=1)
 
@@ -362,12 +359,12 @@ class PagedKVCache:
         Raises:
             ValueError: a negative number, or more than the pages hold of a sequence in a shared pool.
         """
-        if num_tokens < 0:
-            raise ValueError(f"reserve: num_tokens must be >= 0, got {num_tokens}")
+        if not isinstance(num_tokens, int) or num_tokens < 0:
+            raise ValueError(f"reserve: num_tokens must be an int >= 0, got {num_tokens!r}")
         num_pages, old_pages = -(-num_tokens // PAGE_SIZE), len(self._pages)
         if num_pages <= old_pages:
             return
-        if not self._owned:
+        if not self._owns_pool:
             raise ValueError(
                 f"reserve: num_tokens must be at most {self.capacity}, what the sequence's pages of a shared pool hold "
                 f"(extend it first), got {num_tokens}"
@@ -381,7 +378,7 @@ class PagedKVCache:
         Raises:
             ValueError: a page that does not exist, or a cache with a pool of its own.
         """
-        if self._owned:
+        if self._owns_pool:
             raise ValueError("extend: the cache must be one in a shared pool; this one has its own and grows by itself")
         self._add(pages)
 
@@ -390,7 +387,7 @@ class PagedKVCache:
         """Where the next ``num_tokens`` tokens go, behind the committed ones; makes room for them."""
         end = self._seqlen + num_tokens
         if end > self.capacity:
-            self.reserve(max(end, self.capacity + self.capacity // _GROWTH) if self._owned else end)
+            self.reserve(max(end, self.capacity + self.capacity // _GROWTH) if self._owns_pool else end)
         positions = torch.arange(self._seqlen, end, device=self.pool.device)
         return self.pool.slots(positions[None], self.block_table)
 
@@ -400,10 +397,10 @@ class PagedKVCache:
         Raises:
             ValueError: a negative number, or more than fits the reserved pages.
         """
-        if not 0 <= num_tokens <= self.capacity - self._seqlen:
+        free = self.capacity - self._seqlen
+        if not isinstance(num_tokens, int) or not 0 <= num_tokens <= free:
             raise ValueError(
-                f"commit: num_tokens must be in [0, {self.capacity - self._seqlen}] (reserved and not "
-                f"committed), got {num_tokens}"
+                f"commit: num_tokens must be an int in [0, {free}] (reserved and not committed), got {num_tokens!r}"
             )
         self._seqlen += num_tokens
 
@@ -413,8 +410,8 @@ class PagedKVCache:
         Raises:
             ValueError: a number outside [0, seqlen].
         """
-        if not 0 <= num_tokens <= self._seqlen:
-            raise ValueError(f"truncate: num_tokens must be in [0, seqlen = {self._seqlen}], got {num_tokens}")
+        if not isinstance(num_tokens, int) or not 0 <= num_tokens <= self._seqlen:
+            raise ValueError(f"truncate: num_tokens must be an int in [0, seqlen = {self._seqlen}], got {num_tokens!r}")
         self._seqlen = num_tokens
 
     @torch.inference_mode()

@@ -13,8 +13,9 @@ rule raise ``ValueError`` with the argument, the rule and the value. Ops run for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,30 @@ __all__ = [
 ]
 
 _ops = torch.ops.qwen_sparse
+_ARGUMENT_ERRORS = tuple(f"{name}: " for name in __all__)  # how the extension's messages about arguments begin
+
+
+def _call(op: Any, *arguments: Any) -> Any:
+    """Calls an operator of the extension.
+
+    What it throws for a bad argument, std::invalid_argument, reaches Python as ValueError up to torch 2.14 and as
+    RuntimeError from 2.15 on.
+    """
+    if torch.is_grad_enabled():
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                schema = getattr(torch.ops.qwen_sparse, op.__name__).default._schema
+                raise ValueError(
+                    f"{op.__name__}: {schema.arguments[index].name} must not require grad, since ops run forward only "
+                    "(call them under torch.no_grad() or torch.inference_mode()), got requires_grad=True"
+                )
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        message = str(error)
+        if message.startswith(_ARGUMENT_ERRORS):
+            raise ValueError(message) from None
+        raise
 
 
 class DualChunkRotary(NamedTuple):
@@ -94,7 +119,7 @@ def attention(
         >>> attention(q, k, v).shape
         torch.Size([128, 4, 64])
     """
-    out, lse = _ops.attention(q, k, v, _scale(softmax_scale, q.shape[-1]), causal, window)
+    out, lse = _call(_ops.attention, q, k, v, _scale(softmax_scale, q.shape[-1]), causal, window)
     return (out, lse) if return_lse else out
 
 
@@ -128,8 +153,8 @@ def vertical_slash_attention(
     Raises:
         ValueError: a shape or dtype rule is broken, or an index is unsorted or not in [0, seqlen_k).
     """
-    out, lse, _ = _ops.vertical_slash_attention(
-        q, k, v, vertical_indexes, slash_indexes, _scale(softmax_scale, q.shape[-1])
+    out, lse, _ = _call(
+        _ops.vertical_slash_attention, q, k, v, vertical_indexes, slash_indexes, _scale(softmax_scale, q.shape[-1])
     )
     return (out, lse) if return_lse else out
 
@@ -169,7 +194,8 @@ def dual_chunk_attention(
     Raises:
         ValueError: a shape, dtype or index rule is broken, or ``chunk_len`` is not a positive multiple of 64.
     """
-    out, lse, _ = _ops.dual_chunk_attention(
+    out, lse, _ = _call(
+        _ops.dual_chunk_attention,
         q_intra,
         q_succ,
         q_inter,
@@ -184,9 +210,11 @@ def dual_chunk_attention(
 
 
 def _sizes(name: str, size: int | Sequence[int] | Tensor, num_heads: int) -> list[int]:
-    if isinstance(size, Tensor):
-        size = size.tolist()
-    sizes = [size] * num_heads if isinstance(size, int) else [int(s) for s in size]
+    values = size.tolist() if isinstance(size, Tensor) else size
+    try:
+        sizes = [operator.index(value) for value in (values if isinstance(values, Iterable) else [values] * num_heads)]
+    except TypeError:
+        raise ValueError(f"select_vertical_slash: {name} must be an int or hold ints, got {size!r}") from None
     if len(sizes) != num_heads:
         raise ValueError(
             f"select_vertical_slash: {name} must be an int or hold num_heads = {num_heads} sizes, got {len(sizes)}"
@@ -231,7 +259,8 @@ def select_vertical_slash(
         ValueError: a shape or dtype rule is broken, a size is negative, or DCA arguments are incomplete.
     """
     num_heads = q.shape[1]
-    vertical, slash = _ops.select_vertical_slash(
+    vertical, slash = _call(
+        _ops.select_vertical_slash,
         q,
         k,
         _sizes("vertical_size", vertical_size, num_heads),
@@ -267,8 +296,8 @@ def vertical_slash_scores(
     Raises:
         ValueError: a shape or dtype rule is broken, or DCA arguments are incomplete.
     """
-    vertical, slash = _ops.vertical_slash_scores(
-        q, k, last_q, _scale(softmax_scale, q.shape[-1]), q_succ, q_inter, chunk_len
+    vertical, slash = _call(
+        _ops.vertical_slash_scores, q, k, last_q, _scale(softmax_scale, q.shape[-1]), q_succ, q_inter, chunk_len
     )
     return vertical, slash
 
@@ -309,10 +338,12 @@ def rotary(
             f"got chunk_size = {chunk_size}, chunk_len = {chunk_len}"
         )
     if chunk_size is None or chunk_len is None:
-        rotated_q, rotated_k = _ops.rotary(q, k, positions, inv_freq, attention_factor)
+        rotated_q, rotated_k = _call(_ops.rotary, q, k, positions, inv_freq, attention_factor)
         return rotated_q, rotated_k
     return DualChunkRotary(
-        *_ops.rotary_dual_chunk(q, k, positions, inv_freq, attention_factor, chunk_size, chunk_len, critical_rows)
+        *_call(
+            _ops.rotary_dual_chunk, q, k, positions, inv_freq, attention_factor, chunk_size, chunk_len, critical_rows
+        )
     )
 
 
@@ -343,7 +374,7 @@ def quantize_kv(
     Raises:
         ValueError: a shape or dtype rule is broken, or ``k_bias`` lacks ``positions`` or ``inv_freq``.
     """
-    k_int8, k_scale, v_int8, v_scale = _ops.quantize_kv(k, v, k_bias, positions, inv_freq, attention_factor)
+    k_int8, k_scale, v_int8, v_scale = _call(_ops.quantize_kv, k, v, k_bias, positions, inv_freq, attention_factor)
     return k_int8, k_scale, v_int8, v_scale
 
 
@@ -373,7 +404,9 @@ def dequantize_kv(
     Raises:
         ValueError: a shape or dtype rule is broken.
     """
-    full_k, full_v = _ops.dequantize_kv(k, k_scale, v, v_scale, k_bias, positions, inv_freq, attention_factor, dtype)
+    full_k, full_v = _call(
+        _ops.dequantize_kv, k, k_scale, v, v_scale, k_bias, positions, inv_freq, attention_factor, dtype
+    )
     return full_k, full_v
 
 
@@ -405,7 +438,20 @@ def store_kv(
     Raises:
         ValueError: a shape or dtype rule is broken, or (on the CPU) a slot does not exist.
     """
-    _ops.store_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, k_bias, positions, inv_freq, attention_factor)
+    _call(
+        _ops.store_kv,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        k_scale,
+        v_scale,
+        k_bias,
+        positions,
+        inv_freq,
+        attention_factor,
+    )
 
 
 def gather_kv(
@@ -436,8 +482,19 @@ def gather_kv(
     Raises:
         ValueError: a shape or dtype rule is broken, or ``block_table`` is short or names a page that does not exist.
     """
-    _ops.gather_kv(
-        k_cache, v_cache, block_table, k_scale, v_scale, k_bias, inv_freq, attention_factor, chunk_len, k_out, v_out
+    _call(
+        _ops.gather_kv,
+        k_cache,
+        v_cache,
+        block_table,
+        k_scale,
+        v_scale,
+        k_bias,
+        inv_freq,
+        attention_factor,
+        chunk_len,
+        k_out,
+        v_out,
     )
 
 
@@ -489,7 +546,8 @@ def decode_attention(
         ValueError: a shape, dtype or stride rule is broken, or (on the CPU) a page number or length is out
             of range or a scale factor is not finite.
     """
-    out, lse = _ops.decode_attention(
+    out, lse = _call(
+        _ops.decode_attention,
         q,
         k_cache,
         v_cache,

@@ -68,14 +68,37 @@ class Sampler:
         return chosen.masked_fill(~logits.amax(-1).isfinite(), -1)  # NaN is larger than any number
 
     def _draw(self, logits: Tensor, draws: Tensor) -> Tensor:
-        values, token_ids = torch.sort(logits.double() / self.temperature, dim=-1, descending=True, stable=True)
-        if self.top_k:
-            values, token_ids = values[:, : self.top_k], token_ids[:, : self.top_k]
+        """Where ``draws`` fall when the tokens left lie on [0, 1) by their probabilities.
+
+        They lie there in the order of their ids, or from the most likely to the least where top-k or top-p choose.
+        """
+        token_ids, vocab = None, logits.shape[-1]
+        if 0 < self.top_k < vocab:
+            logits, token_ids = _largest(logits, self.top_k)
+        elif self.top_p < 1:  # nothing else sorts the vocabulary, which takes longer than all the rest
+            logits, token_ids = torch.sort(logits, dim=-1, descending=True, stable=True)
         # In integers: a GPU adds in no fixed order, and sums of floats would differ from run to run.
-        weights = (torch.softmax(values, dim=-1) * _WHOLE).long()
+        weights = (torch.softmax(logits.double() / self.temperature, dim=-1) * _WHOLE).long()
         ends = weights.cumsum(-1)
-        kept = ends - weights < self.top_p * ends[:, -1:].double()
-        total = (weights * kept).sum(-1)
-        target = torch.minimum((draws * total).long(), total - 1)
-        index = (ends <= target[:, None]).sum(-1, keepdim=True)
-        return token_ids.gather(1, index.clamp(max=token_ids.shape[1] - 1))[:, 0]  # clamped: of NaN
+        total = ends[:, -1:]
+        if self.top_p < 1:
+            kept = ends - weights < self.top_p * total.double()
+            total = (weights * kept).sum(-1, keepdim=True)
+        target = torch.minimum((draws[:, None] * total).long(), total - 1)
+        index = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)  # clamped: of NaN
+        return (index if token_ids is None else token_ids.gather(-1, index))[:, 0]
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits, in order, and their tokens; of equal ones the lowest tokens, as a stable sort has them.
+
+    ``topk`` takes any of equal ones. It is given integers, no two of them equal: in the upper half the bits of the
+    float, which order like integers once those behind a minus sign are flipped, in the lower half the token, from the
+    last to the first.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = logits.shape[-1] - 1
+    keys = (order.long() << 32) + torch.arange(last, -1, -1, device=logits.device)
+    token_ids = last - (keys.topk(count).values & 0xFFFFFFFF)
+    return logits.gather(-1, token_ids), token_ids

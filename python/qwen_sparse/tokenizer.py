@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import json
 import re
@@ -30,6 +31,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of byte fallback
 
 
 class Tokenizer:
@@ -85,11 +87,6 @@ class Tokenizer:
         """For pickle and copy: a compiled template cannot be pickled; it is compiled again when it is needed."""
         return {name: value for name, value in vars(self).items() if name != "_template"}
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens spelled out in it become their ids.
 
@@ -133,20 +130,24 @@ class Tokenizer:
         name = self.backend.id_to_token(token_id)
         if name is None:
             return b""
-        if self._is_byte_level and token_id not in self._added_ids:
-            return bytes(_BYTE_OF[character] for character in name)
-        return str(self.backend.decode([token_id], skip_special_tokens=False)).encode()
+        if not self.is_byte_level:
+            return str(self.backend.decode([token_id], skip_special_tokens=False)).encode()
+        # As tokenizers does: a name with other characters, which added tokens can have, stands for itself.
+        is_spelled = all(character in _BYTE_OF for character in name)
+        return bytes(_BYTE_OF[character] for character in name) if is_spelled else name.encode()
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        alphabet = set(_BYTE_OF)
-        return isinstance(self.backend.decoder, decoders.ByteLevel) and all(
-            set(name) <= alphabet for name in self.backend.get_vocab(with_added_tokens=False)
-        )
+    def is_byte_level(self) -> bool:
+        """Whether the text of tokens is their bytes, one after the other, as UTF-8."""
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self.backend.get_added_tokens_decoder())
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(number for number, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def is_skipped(self, token_id: int) -> bool:
+        """Whether :meth:`decode` passes over a token, as it does over special ones and over ids of none."""
+        return token_id in self._special_ids or self.backend.id_to_token(token_id) is None
 
     def apply_chat_template(
         self,
@@ -168,15 +169,16 @@ class Tokenizer:
         Example:
             >>> tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
         """
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
                 **variables,
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error}") from error
+        except Exception as error:  # a template's expressions can raise anything
+            raise _template_error(error) from error
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -188,35 +190,56 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
         environment.filters["tojson"] = _tojson
-        return environment.from_string(self.chat_template)
+        try:
+            return environment.from_string(self.chat_template)
+        except Exception as error:
+            raise _template_error(error) from error
 
 
 class StreamDecoder:
     """Turns a stream of tokens into a stream of text without ever splitting a UTF-8 character.
 
-    Text that ends in bytes of an unfinished character is held back until later tokens finish it, or until
-    :meth:`flush`. The concatenation of all pieces equals decoding all tokens at once (with a byte-fallback decoder,
-    which Qwen's is not: for valid UTF-8).
+    The bytes of an unfinished character, three at most, are held back until later tokens finish it or show that they
+    cannot, or until :meth:`flush`. The concatenation of all pieces equals decoding all tokens at once (with a
+    byte-fallback decoder, which Qwen's is not: for valid UTF-8).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # Where the decoder is not byte-level:
         self._context: list[int] = []  # tokens of the last piece: some decoders treat a text's start apart
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
-        self._pending.append(token_id)
-        text = self._new_text()
-        if not text or text.endswith(REPLACEMENT):
+        if self._tokenizer.is_skipped(token_id):
             return ""
-        self._context, self._pending = self._pending, []
-        return text
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._pending.append(token_id)
+        return "" if self._is_unfinished(token_id) else self._release()
 
     def flush(self) -> str:
         """What is still held back; an unfinished character becomes U+FFFD."""
+        held = self._utf8.decode(b"", final=True)
+        return held if self._tokenizer.is_byte_level else self._release()
+
+    def _is_unfinished(self, token_id: int) -> bool:
+        """Whether pending tokens end inside of a character; ``token_id`` is the last of them."""
+        name = self._tokenizer.backend.id_to_token(token_id) or ""  # it has one: it was not skipped
+        if byte := _BYTE_TOKEN.fullmatch(name):
+            self._utf8.decode(bytes.fromhex(byte[1]))
+            return bool(self._utf8.getstate()[0])
+        self._utf8.reset()
+        # Bytes in some other spelling. An unfinished character has no more tokens than bytes.
+        return len(self._pending) <= 3 and REPLACEMENT not in name and self._new_text().endswith(REPLACEMENT)
+
+    def _release(self) -> str:
         text = self._new_text()
-        self._context, self._pending = self._pending, []
+        if text or not self._context:  # a context without text would be a text's start
+            self._context = self._pending
+        self._pending = []
         return text
 
     def _new_text(self) -> str:
@@ -246,6 +269,12 @@ def _special_token(name: str, value: str | Mapping[str, Any], file: Path) -> str
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _template_error(error: Exception) -> ValueError:
+    """Of what is not jinja2's own, the class is part of the message: ``'content'`` alone would say little."""
+    kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+    return ValueError(f"chat template: {kind}{error}")
 
 
 def _tojson(value: object, indent: int | None = None) -> str:

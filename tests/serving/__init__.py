@@ -66,7 +66,7 @@ class Submitted:
         """As the engine, which then tells the end."""
         if not self.cancelled.is_set():
             self.cancelled.set()
-            threading.Thread(target=self.listener, args=(Finished("abort", "", None, stats()),)).start()
+            threading.Thread(target=self.listener, args=(Finished("abort", "", stats()),)).start()
 
     def say(self, *texts: str, logprobs: TokenLogprobs | None = None) -> None:
         """Tokens (id: the first byte) with these texts."""
@@ -75,7 +75,7 @@ class Submitted:
 
     def finish(self, reason: Any = "stop", text: str = "", tokens: int = 1) -> None:
         """The end."""
-        self.listener(Finished(reason, text, None, stats(tokens)))
+        self.listener(Finished(reason, text, stats(tokens)))
 
     def fail(self, message: str, retry: bool = False) -> None:
         """The other end."""

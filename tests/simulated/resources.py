@@ -25,6 +25,7 @@ class Resources:
     """One kernel's."""
 
     kernel: str
+    architecture: str
     registers: int
     shared_memory: int
     """Static, bytes."""
@@ -54,6 +55,7 @@ def report(ptx: Path, architecture: str) -> Iterator[Resources]:
 
         yield Resources(
             kernel=name,
+            architecture=architecture,
             registers=number(r"Used (\d+) registers"),
             shared_memory=number(r"(\d+) bytes smem"),
             stack=number(r"(\d+) bytes stack frame"),
@@ -63,14 +65,25 @@ def report(ptx: Path, architecture: str) -> Iterator[Resources]:
 
 
 def main() -> int:
-    found = (entry for arch, files in ptx_files().items() for ptx in files for entry in report(ptx, f"sm_{arch}"))
-    kernels = sorted(found, key=lambda entry: entry.kernel)
-    print("registers  static shared  stack  spills  kernel")
+    machine_code = {"80": ("sm_80", "sm_90"), "90a": ("sm_90a",)}  # as cmake/cuda.cmake makes of each
+    found = (
+        entry
+        for arch, files in ptx_files().items()
+        for ptx in files
+        for architecture in machine_code[arch]
+        for entry in report(ptx, architecture)
+    )
+    kernels = sorted(found, key=lambda entry: (entry.kernel, entry.architecture))
+    print("architecture  registers  static shared  stack  spills  kernel")
     for entry in kernels:
-        print(f"{entry.registers:9}  {entry.shared_memory:13}  {entry.stack:5}  {entry.spills:6}  {entry.kernel}")
+        numbers = f"{entry.registers:9}  {entry.shared_memory:13}  {entry.stack:5}  {entry.spills:6}"
+        print(f"{entry.architecture:12}  {numbers}  {entry.kernel}")
     wrong = [entry for entry in kernels if (entry.spills and MAIN_KERNELS.search(entry.kernel)) or entry.warnings]
     for entry in wrong:
-        print(f"spills {entry.spills} bytes, warnings {entry.warnings}: {entry.kernel}", file=sys.stderr)
+        print(
+            f"spills {entry.spills} bytes, warnings {entry.warnings}: {entry.kernel} ({entry.architecture})",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 

@@ -12,7 +12,8 @@ constexpr int64_t kRowsPerTask = 16;
 
 typedef float VecHalfF __attribute__((vector_size(kDoubleLanes * 4)));
 
-QWEN_SPARSE_INLINE VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
+// NaN if either is, so that a NaN among the values reaches their scale.
+QWEN_SPARSE_INLINE VecD vmax(VecD a, VecD b) { return (a > b) | (a != a) ? a : b; }
 
 class BiasRotator {
  public:
@@ -58,7 +59,7 @@ float quantize_row(const T* x, const double* bias, int64_t head_dim, int8_t* out
     largest = vmax(largest, vmax(r, -r));
   }
   double amax = largest[0];
-  for (int lane = 1; lane < kDoubleLanes; ++lane) amax = max(amax, largest[lane]);
+  for (int lane = 1; lane < kDoubleLanes; ++lane) amax = amax > largest[lane] || amax != amax ? amax : largest[lane];
   const float scale = static_cast<float>(amax / 127.0);
   const double divisor = scale == 0.0f ? 1.0 : scale;
   for (int64_t d = 0; d < head_dim; ++d) {

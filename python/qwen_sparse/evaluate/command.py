@@ -12,9 +12,9 @@ from typing import Any
 
 from .. import __version__
 from ..loader import load_model
+from ..machine import machine
 from ..models.qwen2 import Qwen2Model
 from ..options import add_device
-from ..testing import machine
 from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes
 from .needles import niah, passkey, variable_tracking

@@ -77,7 +77,6 @@ class Task:
 class Prompt:
     """One prompt, as the model gets it."""
 
-    task: str
     tokens: list[int]
     text: str
     answers: tuple[str, ...]
@@ -159,7 +158,6 @@ def _render(task: Task, draft: Draft, units: int, tokenizer: Tokenizer, chat: bo
             raise ValueError(f"{task.name}: the chat template must not change the message, and it does")
         text = turn + draft.opening
     return Prompt(
-        task=task.name,
         tokens=tokenizer.encode(text),
         text=text,
         answers=draft.answers,

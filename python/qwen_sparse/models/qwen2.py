@@ -327,7 +327,7 @@ class Qwen2Model:
         )
 
     def new_pool(self, num_pages: int) -> KVPool:
-        """Pages of 128 tokens for sequences that share them (:meth:`qwen_sparse.PagedKVCache.in_pool`)."""
+        """Pages of 128 tokens for sequences that share them (:class:`qwen_sparse.PagedKVCache`)."""
         return KVPool(
             self.config,
             dtype=self.dtype,
@@ -353,14 +353,7 @@ class Qwen2Model:
                 f"new_cache: a capacity of {capacity} tokens takes {format_bytes(needed)}, and "
                 f"{format_bytes(available)} are available"
             )
-        return PagedKVCache(
-            self.config,
-            dtype=self.dtype,
-            kv_cache_dtype=self.kv_cache_dtype,
-            capacity=capacity,
-            rotation=self._kv_rotation,
-            device=self.device,
-        )
+        return PagedKVCache.owning(self.new_pool(0), capacity)
 
     def prefills_sparse(self, prompt_len: int) -> bool:
         """Whether a prompt of this many tokens, cached ones included, is prefilled with sparse attention."""

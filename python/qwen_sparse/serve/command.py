@@ -135,6 +135,7 @@ def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:
     plan_pages(
         config,
         options,
+        longest=options.length_for(config),
         available=available_memory(device),
         kv_cache_dtype=args.kv_cache_dtype,
         dtype=dtype,

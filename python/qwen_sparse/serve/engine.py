@@ -90,6 +90,7 @@ class Engine:
         num_pages = plan_pages(
             model.config,
             options,
+            longest=self.max_model_len,
             available=available_memory(model.device),
             kv_cache_dtype=model.kv_cache_dtype,
             dtype=model.dtype,
@@ -137,8 +138,7 @@ class Engine:
         """
         new = self._check(request)
         with self._changed:
-            if self._state != "running":
-                raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
+            self._check_running()
             if len(self._waiting) >= self.options.max_queue:
                 seconds = self._seconds_per_request * len(self._waiting) / self.options.max_num_seqs
                 raise QueueFullError(
@@ -148,11 +148,14 @@ class Engine:
         # Text and tokens are copied outside of the lock: prompts can be long. A few requests too many may get in.
         sequence = Sequence(request, new, listener, self.model)
         with self._changed:
-            if self._state != "running":
-                raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
+            self._check_running()
             self._waiting.append(sequence)
             self._changed.notify_all()
         return RequestHandle(self, sequence)
+
+    def _check_running(self) -> None:
+        if self._state != "running":
+            raise ShuttingDownError(f"the engine takes no requests: it is {self._state}")
 
     def _check(self, request: GenerationRequest) -> int:
         """The most tokens to generate."""
@@ -270,9 +273,9 @@ class Engine:
         if self._prefilling is not None or len(self._decoding) >= self.options.max_num_seqs or not self._waiting:
             return
         sequence = self._waiting[0]
-        sparse = self.model.prefills_sparse(len(sequence.tokens))
+        prompt, total = sequence.prompt_len, len(sequence.tokens)  # more than the prompt after a preemption
+        sparse = self.model.prefills_sparse(prompt)
         sequence.use_salt(b"sparse" if sparse else b"dense")
-        total = len(sequence.tokens)
         # One token at least is left to compute logits from.
         prefix = self._pages.take_prefix(sequence.digests()[: (total - 1) // PAGE_SIZE])
         cached = len(prefix) * PAGE_SIZE
@@ -288,15 +291,22 @@ class Engine:
             sequence.fail(f"there is no memory for a prompt of {total} tokens now: {shortage}", retry=True)
             return
         self._waiting.popleft()
-        sequence.pages = [*prefix, *pages]
-        sequence.cache = PagedKVCache.in_pool(self._pool, sequence.pages, seqlen=cached)
-        sequence.chunk_ends = chunk_ends(cached, total, self.chunk_tokens)
-        sequence.sparse = sparse and not (cached and total - cached <= DECODE_ROWS)
-        if sequence.scheduled is None:
-            sequence.scheduled, sequence.cached_tokens = time.monotonic(), min(cached, sequence.prompt_len)
-            self._prefix_queries += sequence.prompt_len
-            self._prefix_hits += sequence.cached_tokens
         self._prefilling = sequence
+        sequence.pages = [*prefix, *pages]
+        try:
+            sequence.cache = PagedKVCache(self._pool, sequence.pages, seqlen=cached)
+        except Exception as error:
+            self._prefilling = None
+            self._failed([sequence], error)
+            return
+        # The output so far in chunks of its own: the prompt's are then those they were the first time.
+        sequence.chunk_ends = chunk_ends(cached, prompt, self.chunk_tokens)
+        sequence.chunk_ends += chunk_ends(max(cached, prompt), total, self.chunk_tokens)
+        sequence.sparse = sparse and not (cached and prompt - cached <= DECODE_ROWS)
+        if sequence.scheduled is None:
+            sequence.scheduled, sequence.cached_tokens = time.monotonic(), cached
+            self._prefix_queries += prompt
+            self._prefix_hits += sequence.cached_tokens
         self._report(sequence)
 
     def _untouched_pages(self, total: int, new: int) -> tuple[int | None, str]:
@@ -326,8 +336,8 @@ class Engine:
             logits = self.model.forward(
                 sequence.ids(start, end),
                 cache,
-                prompt_len=total,
-                sparse=sequence.sparse,
+                prompt_len=sequence.prompt_len,
+                sparse=sequence.sparse and start < sequence.prompt_len,
                 output="last" if end == total else "none",
                 stats=sequence.forward,
             )
@@ -383,7 +393,7 @@ class Engine:
             if ended is not None:
                 self._decoding.remove(sequence)
                 self._end(sequence)
-                sequence.finish(*ended)
+                sequence.finish(ended)
                 taken = sequence.stats()
                 self._seconds_per_request += (taken.finished - (taken.scheduled or 0) - self._seconds_per_request) / 8
 
@@ -395,7 +405,11 @@ class Engine:
             page = self._pages.take(1)
             if page is not None:
                 sequence.pages += page
-                cache.extend(page)
+                try:
+                    cache.extend(page)
+                except Exception as error:
+                    self._decoding.remove(sequence)
+                    self._failed([sequence], error)
                 return
             last = self._prefilling or self._decoding[-1]
             self._preempt(last)
@@ -423,9 +437,12 @@ class Engine:
         sequence.registered = full
 
     def _report(self, sequence: Sequence) -> None:
-        if sequence.num_new == 0 and sequence.cache is not None and sequence.scheduled is not None:
-            seconds = time.monotonic() - sequence.scheduled
-            sequence.tell(Progress(sequence.prompt_len, sequence.cached_tokens, sequence.cache.seqlen, seconds))
+        """Progress; after a preemption only from where it was before."""
+        cache = sequence.cache
+        if sequence.num_new == 0 and cache is not None and cache.seqlen > sequence.reported:
+            seconds = time.monotonic() - (sequence.scheduled or 0)
+            sequence.reported = cache.seqlen
+            sequence.tell(Progress(sequence.prompt_len, sequence.cached_tokens, cache.seqlen, seconds))
 
     def _end(self, sequence: Sequence) -> None:
         """Take the pages back."""

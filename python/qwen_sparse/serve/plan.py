@@ -48,17 +48,23 @@ class EngineOptions:
     def length_for(self, config: ModelConfig, max_seq_len: int | None = None) -> int:
         """The longest sequence that is served of this model.
 
+        Args:
+            config: the model's.
+            max_seq_len: the limit that it was loaded with; None: without one, or not yet.
+
         Raises:
             ValueError: it is longer than the model's.
         """
         longest = config.max_position_embeddings if max_seq_len is None else max_seq_len
         if self.max_model_len is None:
             return longest
-        if config.dual_chunk is None and self.max_model_len > longest:
-            raise ValueError(
-                f"max_model_len must be at most {longest}, what the model reads without Dual Chunk Attention, "
-                f"got {self.max_model_len}"
+        if self.max_model_len > longest and (max_seq_len is not None or config.dual_chunk is None):
+            rule = (
+                "what the model reads without Dual Chunk Attention"
+                if max_seq_len is None
+                else "the model's max_seq_len"
             )
+            raise ValueError(f"max_model_len must be at most {longest}, {rule}, got {self.max_model_len}")
         return self.max_model_len
 
 
@@ -96,6 +102,7 @@ def plan_pages(
     config: ModelConfig,
     options: EngineOptions,
     *,
+    longest: int,
     available: int | None,
     kv_cache_dtype: str,
     dtype: torch.dtype,
@@ -106,7 +113,8 @@ def plan_pages(
 
     Args:
         config: the model.
-        options: the engine's, with its ``max_model_len``.
+        options: the engine's.
+        longest: the length of :meth:`EngineOptions.length_for`, in tokens.
         available: bytes that can still be taken on the device; None: unknown.
         kv_cache_dtype, dtype, device: see :func:`prefill_bytes`.
         weights_loaded: whether ``available`` is what is left beside the weights.
@@ -115,7 +123,6 @@ def plan_pages(
         ValueError: ``kv_cache_memory`` does not hold one sequence of full length.
         MemoryError: the memory does not; the message says what length would fit.
     """
-    longest = options.length_for(config)
     storage = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
     page_bytes = kv_cache_bytes(config, PAGE_SIZE, storage)
     least = -(-longest // PAGE_SIZE)

@@ -16,7 +16,9 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -149,7 +151,9 @@ StopStrings = Annotated[
 Content = Annotated[
     str,
     PlainValidator(_text_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART_SCHEMA}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART_SCHEMA}, {"type": "null"}]}
+    ),
 ]
 Prompt = Annotated[
     Any,
@@ -189,7 +193,7 @@ class Message(_Model):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="'developer' counts as 'system'.")
-    content: Content
+    content: Content = Field(description="null, which is no text, only of the role 'assistant'.")
     name: str | None = None
     # What clients send back of an answer as they got it.
     refusal: None = None
@@ -197,6 +201,11 @@ class Message(_Model):
     audio: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _no_text(cls, value: object, info: ValidationInfo) -> object:
+        return "" if value is None and info.data.get("role") == "assistant" else value
 
 
 class Parameters(_Model):
@@ -277,7 +286,7 @@ class ChatRequest(Parameters):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("needs_logprobs", "top_logprobs goes with logprobs = true only")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise PydanticCustomError(

@@ -101,8 +101,6 @@ class Finished:
     reason: FinishReason
     text: str
     """The rest of the text."""
-    stop: str | int | None
-    """The stop string or token that ended it."""
     stats: RequestStats
 
 

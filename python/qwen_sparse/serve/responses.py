@@ -137,7 +137,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    text_offset: list[int] = Field(description="Characters of the answer's text that were there before the token.")
 
 
 class CompletionChoice(BaseModel):

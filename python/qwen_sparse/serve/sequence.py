@@ -49,12 +49,14 @@ class Sequence:
         self.chunk_ends: list[int] = []
         """Where the prefill chunks end that are still to be computed."""
         self.sparse = False
-        """Whether these are sparse."""
+        """Whether those of the prompt are sparse."""
         self.salt = b""
         """What keys and values depend on besides the tokens: they differ between sparse and dense prefill."""
         self.registered = 0
         """Pages that the prefix cache knows."""
         self.scheduled: float | None = None
+        self.reported = -1
+        """Prompt tokens of which the listener has heard that they are done."""
         self.cached_tokens = 0
         self.preemptions = 0
         self.forward = ForwardStats(model.device)
@@ -110,23 +112,23 @@ class Sequence:
             self._seen.scatter_(1, token.clamp(min=0)[:, None], True)
         return token, None if self.request.logprobs is None else torch.log_softmax(logits, dim=-1)
 
-    def take(self, token: int, log_probs: Tensor | None) -> tuple[FinishReason, str | int | None] | None:
+    def take(self, token: int, log_probs: Tensor | None) -> FinishReason | None:
         """Add a chosen token to the output.
 
         Returns:
-            Why the output ends with it, and the string or token that ends it; None while it does not.
+            Why the output ends with it; None while it does not.
         """
         if self._first_token is None:
             self._first_token = time.monotonic()
         if token in self._ends:
-            return "stop", token
+            return "stop"
         self.tokens.append(token)
         text = self._stopper.push(self._decoder.push(token))
         self.tell(NewToken(token, text, None if log_probs is None else self._logprobs(token, log_probs)))
         if self._stopper.found is not None:
-            return "stop", self._stopper.found
+            return "stop"
         if self.num_new == self.max_new_tokens:
-            return "length", None
+            return "length"
         return None
 
     def _logprobs(self, token: int, log_probs: Tensor) -> TokenLogprobs:
@@ -140,12 +142,12 @@ class Sequence:
         except Exception:  # whatever it is, the engine must go on
             self.cancelled = True
 
-    def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
+    def finish(self, reason: FinishReason) -> None:
         """Send the last event."""
         text = self._stopper.push(self._decoder.flush()) + self._stopper.flush()
         if self._stopper.found is not None and reason != "abort":
-            reason, stop = "stop", self._stopper.found
-        self.tell(Finished(reason, text, stop, self.stats()))
+            reason = "stop"
+        self.tell(Finished(reason, text, self.stats()))
 
     def fail(self, message: str, *, retry: bool) -> None:
         """Send the last event of a request that cannot be answered."""

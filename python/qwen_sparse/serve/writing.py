@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..tokenizer import Tokenizer
 from .requests import Finished, NewToken, Progress, RequestStats, TokenLogprobs
@@ -58,21 +59,29 @@ class Writer(ABC):
     def opening(self) -> list[bytes]:
         """Before anything is known."""
 
-    @abstractmethod
     def progress(self, event: Progress) -> bytes:
-        """The prompt has been read so far."""
+        """The prompt has been read so far: a chunk without choices."""
+        return self._dump([], prompt_progress=_progress(event))
 
     @abstractmethod
     def token(self, event: NewToken) -> bytes | None:
         """A token, unless it shows nothing yet."""
 
-    @abstractmethod
     def closing(self, event: Finished) -> list[bytes]:
         """The rest of the text, how it ended, and the usage if it is asked for."""
+        return self._ending(event) + ([self._dump([], usage=_usage(event.stats))] if self.include_usage else [])
 
     @abstractmethod
     def whole(self, event: Finished) -> bytes:
         """Everything at once."""
+
+    @abstractmethod
+    def _ending(self, event: Finished) -> list[bytes]:
+        """The rest of the text, and how it ended."""
+
+    @abstractmethod
+    def _chunk_of(self, choices: list[Any]) -> ChatChunk | Completion:
+        """A chunk with these choices."""
 
     def keep(self, event: NewToken) -> None:
         """Remember a token for :meth:`whole`."""
@@ -86,6 +95,17 @@ class Writer(ABC):
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def _dump(
+        self, choices: list[Any], usage: Usage | None = None, prompt_progress: PromptProgress | None = None
+    ) -> bytes:
+        """JSON; as OpenAI has it, usage is there if it was asked for, and null in every chunk but the last."""
+        chunk = self._chunk_of(choices)
+        if self.include_usage:
+            chunk.usage = usage
+        if prompt_progress is not None:
+            chunk.prompt_progress = prompt_progress
+        return chunk.model_dump_json(exclude_unset=True).encode()
+
 
 class ChatWriter(Writer):
     """``/v1/chat/completions``."""
@@ -94,23 +114,11 @@ class ChatWriter(Writer):
         """The chunk with the role."""
         return [self._chunk(ChatDelta(role="assistant", content=""))]
 
-    def progress(self, event: Progress) -> bytes:
-        """A chunk without choices."""
-        return self._dump([], prompt_progress=_progress(event))
-
     def token(self, event: NewToken) -> bytes | None:
         """A chunk with text; with logprobs also where the text is held back."""
         if event.logprobs is not None:
             return self._chunk(ChatDelta(content=event.text), self._chat_logprobs([(event, event.logprobs)]))
         return self._chunk(ChatDelta(content=event.text)) if event.text else None
-
-    def closing(self, event: Finished) -> list[bytes]:
-        """Text that was held back, the reason, the usage."""
-        chunks = [self._chunk(ChatDelta(content=event.text))] if event.text else []
-        chunks.append(self._chunk(ChatDelta(), reason=_reason(event)))
-        if self.include_usage:
-            chunks.append(self._dump([], usage=_usage(event.stats)))
-        return chunks
 
     def whole(self, event: Finished) -> bytes:
         """A ``chat.completion``."""
@@ -130,13 +138,15 @@ class ChatWriter(Writer):
         )
         return completion.model_dump_json().encode()
 
+    def _ending(self, event: Finished) -> list[bytes]:
+        held_back = [self._chunk(ChatDelta(content=event.text))] if event.text else []
+        return [*held_back, self._chunk(ChatDelta(), reason=_reason(event))]
+
     def _chunk(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: Reason | None = None) -> bytes:
         return self._dump([ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)])
 
-    def _dump(
-        self, choices: list[ChatChunkChoice], usage: Usage | None = None, prompt_progress: PromptProgress | None = None
-    ) -> bytes:
-        chunk = ChatChunk(
+    def _chunk_of(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(
             id=f"chatcmpl-{self.request_id}",
             object="chat.completion.chunk",
             created=self.created,
@@ -144,7 +154,6 @@ class ChatWriter(Writer):
             choices=choices,
             system_fingerprint=self.fingerprint,
         )
-        return _dump(chunk, usage, prompt_progress, self.include_usage)
 
     def _chat_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> ChatLogprobs:
         return ChatLogprobs(
@@ -170,22 +179,11 @@ class CompletionWriter(Writer):
         """Nothing."""
         return []
 
-    def progress(self, event: Progress) -> bytes:
-        """A chunk without choices."""
-        return self._dump([], prompt_progress=_progress(event))
-
     def token(self, event: NewToken) -> bytes | None:
         """A chunk with text; with logprobs also where the text is held back."""
         if event.logprobs is not None:
             return self._chunk(event.text, self._completion_logprobs([(event, event.logprobs)]))
         return self._chunk(event.text) if event.text else None
-
-    def closing(self, event: Finished) -> list[bytes]:
-        """Text that was held back with the reason, the usage."""
-        chunks = [self._chunk(event.text, reason=_reason(event))]
-        if self.include_usage:
-            chunks.append(self._dump([], usage=_usage(event.stats)))
-        return chunks
 
     def whole(self, event: Finished) -> bytes:
         """A ``text_completion``."""
@@ -195,19 +193,17 @@ class CompletionWriter(Writer):
             logprobs=self._completion_logprobs(self._logprobs) if self._logprobs else None,
             finish_reason=_reason(event),
         )
-        completion = self._completion([choice])
+        completion = self._chunk_of([choice])
         completion.usage = _usage(event.stats)
         return completion.model_dump_json(exclude_unset=True).encode()
+
+    def _ending(self, event: Finished) -> list[bytes]:
+        return [self._chunk(event.text, reason=_reason(event))]
 
     def _chunk(self, text: str, logprobs: CompletionLogprobs | None = None, reason: Reason | None = None) -> bytes:
         return self._dump([CompletionChoice(index=0, text=text, logprobs=logprobs, finish_reason=reason)])
 
-    def _dump(
-        self, choices: list[CompletionChoice], usage: Usage | None = None, prompt_progress: PromptProgress | None = None
-    ) -> bytes:
-        return _dump(self._completion(choices), usage, prompt_progress, self.include_usage)
-
-    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+    def _chunk_of(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
             id=f"cmpl-{self.request_id}",
             object="text_completion",
@@ -218,13 +214,12 @@ class CompletionWriter(Writer):
         )
 
     def _completion_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> CompletionLogprobs:
-        texts = [self._token_text(event.token_id) for event, _ in tokens]
         offsets = []
-        for text in texts:
+        for event, _ in tokens:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += len(event.text)
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[self._token_text(event.token_id) for event, _ in tokens],
             token_logprobs=[_finite(logprobs.chosen) for _, logprobs in tokens],
             top_logprobs=[self._alternatives(event, logprobs) for event, logprobs in tokens],
             text_offset=offsets,
@@ -236,17 +231,6 @@ class CompletionWriter(Writer):
         for token_id, logprob in (*logprobs.top, (event.token_id, logprobs.chosen)):
             found.setdefault(self._token_text(token_id), _finite(logprob))
         return found
-
-
-def _dump(
-    chunk: ChatChunk | Completion, usage: Usage | None, progress: PromptProgress | None, with_usage: bool
-) -> bytes:
-    """JSON; as OpenAI has it, usage is there if it was asked for, and null in every chunk but the last."""
-    if with_usage:
-        chunk.usage = usage
-    if progress is not None:
-        chunk.prompt_progress = progress
-    return chunk.model_dump_json(exclude_unset=True).encode()
 
 
 def _reason(event: Finished) -> Reason:

@@ -2,13 +2,12 @@
 
 from .compare import assert_close_to_reference, reference_error
 from .inputs import random_indexes, random_qkv
-from .timing import Timing, interleaved, machine
+from .timing import Timing, interleaved
 
 __all__ = [
     "Timing",
     "assert_close_to_reference",
     "interleaved",
-    "machine",
     "random_indexes",
     "random_qkv",
     "reference_error",

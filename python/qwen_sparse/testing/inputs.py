@@ -17,12 +17,14 @@ def random_qkv(
     dtype: torch.dtype,
     *,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal ``q [seqlen_q, num_heads, head_dim]`` and ``k, v [seqlen_k, num_kv_heads, head_dim]``."""
-    generator = torch.Generator().manual_seed(seed)
+    """Standard normal ``q [seqlen_q, num_heads, head_dim]`` and ``k, v [seqlen_k, num_kv_heads, head_dim]``, drawn on
+    ``device`` (the CPU when None; other devices draw other numbers)."""
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
 
     def normal(rows: int, heads: int) -> Tensor:
-        return torch.randn(rows, heads, head_dim, generator=generator).to(dtype)
+        return torch.randn(rows, heads, head_dim, generator=generator, device=generator.device).to(dtype)
 
     return normal(seqlen_q, num_heads), normal(seqlen_k, num_kv_heads), normal(seqlen_k, num_kv_heads)
 

@@ -1,21 +1,15 @@
-"""Timing for benchmarks: warm-up, interleaved repetitions, percentiles; and the name of the machine."""
+"""Timing for benchmarks: warm-up, interleaved repetitions, percentiles."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .. import _C
-
-__all__ = ["Timing", "interleaved", "machine"]
+__all__ = ["Timing", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -74,43 +68,3 @@ def _seconds(run: Callable[[], object], device: torch.device | None) -> float:
     events[1].record(stream)
     events[1].synchronize()
     return float(events[0].elapsed_time(events[1])) / 1000
-
-
-def _gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
-    try:
-        reported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        reported = "unknown"
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "cuda": torch.version.cuda,
-        query: reported,
-    }
-
-
-def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """What a result was measured on; with its GPU where ``device`` is one."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            fields = dict(line.split(":", 1) for line in cpuinfo if ":" in line)
-        # Virtual machines may hide the marketing name; family and model still tell the core.
-        described = {key.strip(): value.strip() for key, value in fields.items()}
-        model = f"{described['model name']} (family {described['cpu family']}, model {described['model']})"
-    except (OSError, KeyError):
-        pass
-    return {
-        **({"gpu": _gpu(device)} if device is not None and device.type == "cuda" else {}),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": _C.cpu_features()["isa"],
-        "torch": torch.__version__,
-        "build": _C.build_info(),
-    }

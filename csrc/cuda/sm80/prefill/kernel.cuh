@@ -45,14 +45,13 @@ class Cta {
   using Shared = SharedMemory<kHeadDim>;
 
  public:
-  __device__ Cta(const Args& args, Shared& shared)
-      : args_(args), p_(args.p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
+  __device__ Cta(const Args& args, Shared& shared) : args_(args), p_(args.p), shared_(shared) {}
 
   __device__ void run() {
     if (threadIdx.x == 0) start();
     __syncthreads();
     const RowTile& rows = shared_.rows;
-    const int32_t warp_first = rows.first + warp_ * kWarpRows;
+    const int32_t warp_first = rows.first + warp() * kWarpRows;
     const bool has_rows = warp_first < rows.end && warp_first + kWarpRows > rows.begin;
     if (shared_.tiles[0].count > 0) {
       copy_q(shared_.tiles[0].stage);
@@ -144,9 +143,9 @@ class Cta {
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
       }
     }
-    const int matrix = lane_ / 8, row = lane_ % 8;
+    const int matrix = lane() / 8, row = lane() % 8;
     const uint32_t q_address =
-        ptx::shared_address(shared_.q + swizzled<kHeadDim>(warp_ * kWarpRows + matrix % 2 * 8 + row, matrix / 2));
+        ptx::shared_address(shared_.q + swizzled<kHeadDim>(warp() * kWarpRows + matrix % 2 * 8 + row, matrix / 2));
     const uint32_t k_address = ptx::shared_address(shared_.k + swizzled<kHeadDim>(matrix / 2 * 8 + row, matrix % 2));
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
@@ -199,7 +198,7 @@ class Cta {
   }
 
   __device__ void multiply_pv(const float (&s)[kMTiles][kKeyTiles8][4]) {
-    const int matrix = lane_ / 8, row = lane_ % 8;
+    const int matrix = lane() / 8, row = lane() % 8;
     const uint32_t v_address = ptx::shared_address(shared_.v + swizzled<kHeadDim>(matrix % 2 * 8 + row, matrix / 2));
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
@@ -228,22 +227,22 @@ class Cta {
       for (int half = 0; half < 2; ++half) {
         const float sum = softmax_[m].total(half);
         const float factor = sum > 0.0f ? 1.0f / sum : 0.0f;
-        const int row = warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
+        const int row = warp() * kWarpRows + m * 16 + half * 8 + lane() / 4;
 #pragma unroll
         for (int d = 0; d < kDimTiles8; ++d) {
-          *reinterpret_cast<uint32_t*>(shared_.q + swizzled<kHeadDim>(row, d) + lane_ % 4 * 4) =
+          *reinterpret_cast<uint32_t*>(shared_.q + swizzled<kHeadDim>(row, d) + lane() % 4 * 4) =
               cuda::pack<T>(out_[m][d][2 * half] * factor, out_[m][d][2 * half + 1] * factor);
         }
         const int32_t position = row_position(m, half);
-        if (lane_ % 4 == 0 && position >= shared_.rows.begin && position < shared_.rows.end) {
+        if (lane() % 4 == 0 && position >= shared_.rows.begin && position < shared_.rows.end) {
           p_.lse[(position - past) * p_.shape.num_heads + shared_.rows.head] =
               softmax_[m].lse(half, sum, args_.scale_log2);
         }
       }
     }
     __syncwarp();
-    for (int i = lane_; i < kWarpRows * kPieces; i += 32) {
-      const int row = warp_ * kWarpRows + i / kPieces, piece = i % kPieces;
+    for (int i = lane(); i < kWarpRows * kPieces; i += 32) {
+      const int row = warp() * kWarpRows + i / kPieces, piece = i % kPieces;
       const int32_t position = shared_.rows.first + row;
       if (position < shared_.rows.begin || position >= shared_.rows.end) continue;
       T* out =
@@ -252,15 +251,18 @@ class Cta {
     }
   }
 
-  __device__ int block() const { return warp_ / 2; }
+  // Read anew, since as members they would be two registers more than there are.
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ int block() const { return warp() / 2; }
   __device__ int32_t row_position(int m, int half) const {
-    return shared_.rows.first + warp_ * kWarpRows + m * 16 + half * 8 + lane_ / 4;
+    return shared_.rows.first + warp() * kWarpRows + m * 16 + half * 8 + lane() / 4;
   }
 
   const Args& args_;
   const AttentionParams& p_;
   Shared& shared_;
-  const int lane_, warp_;
+
   float out_[kMTiles][kDimTiles8][4] = {};
   cuda::SoftmaxRows softmax_[kMTiles];
 };
