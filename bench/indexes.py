@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_sparse.config import SparseConfig, read_json
+from qwen_sparse.checkpoint import parse_json
+from qwen_sparse.config import SparseConfig
 from qwen_sparse.models.qwen2 import Qwen2Model
 
 BLOCK_M = 64
@@ -144,7 +145,7 @@ def evenly_spaced(available: int, wanted: int) -> list[int]:
 
 def read_budgets(path: Path, num_layers: int, num_heads: int) -> SparseConfig:
     """Budgets of evenly spaced layers and heads of a published file, for a model with fewer of them."""
-    layers = read_json(path)
+    layers = parse_json(path)
     chosen = [
         {str(head): layer[str(source)] for head, source in enumerate(evenly_spaced(len(layer), num_heads))}
         for layer in (layers[i] for i in evenly_spaced(len(layers), num_layers))

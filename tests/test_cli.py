@@ -225,6 +225,26 @@ def test_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [record["kv_cache_dtype"] for record in records] == ["bfloat16", "int8"] * 4
 
 
+def test_enabled_sparse_attention_without_budgets(
+    write_checkpoint: WriteCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs no budgets runs, and one command makes them."""
+    enabled = {**DUAL_CHUNK, "sparse_attention_enabled": True}
+    checkpoint = write_checkpoint(tokenizer=True, dual_chunk_attention_config=enabled)
+    generate = ["generate", "--model", checkpoint, "--prompt", "The sky", "--max-new-tokens", "2"]
+    assert run(capsys, *generate, "--dense")[0] == 0
+    assert run(capsys, *generate, "--coverage", "0.9")[0] == 0
+    assert run(capsys, "memory", "--model", checkpoint)[0] == 0
+    code, _, err = run(capsys, *generate)
+    assert code == 2
+    assert "attention 'auto' needs budgets where sparse_attention_enabled is true in config.json" in err
+    budgets = checkpoint / "sparse_attention_config.json"
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    calibrate = ["calibrate", "--model", checkpoint, "--length", "500", "--file", tmp_path / "text.txt"]
+    assert run(capsys, *calibrate, "--pair", "30", "50", "-o", budgets)[0] == 0
+    assert run(capsys, *generate)[0] == 0
+
+
 def test_memory_on_a_gpu_needs_none(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*options: str) -> int:
         arguments = ["memory", "--model", checkpoint, "--context", "100000", "--dtype", "bfloat16", *options]

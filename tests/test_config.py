@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from conftest import DUAL_CHUNK, TINY, budgets
-from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, parse_dtype
+from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, SparseSwitches, parse_dtype
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -117,12 +118,45 @@ def test_parse_dtype() -> None:
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor is missing"),
         ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "unsupported keys mrope_section"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ({"partial_rotary_factor": True}, "config.json: partial_rotary_factor must be a finite number > 0, got True"),
+        ({"rope_theta": -1.0}, "config.json: rope_theta must be a finite number > 1, got -1.0"),
+        (
+            {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 4}},
+            "rope_theta must be a finite number > 1, got 1",
+        ),
+        (
+            {"rope_scaling": {"rope_theta": float("inf")}},
+            "rope_scaling: rope_theta must be a finite number > 1, got inf",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number > 1, got 10000"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            r"rope_scaling: rope_type is missing \('default' or 'yarn'\) beside factor",
+        ),
+        ({"rope_scaling": []}, r"rope_scaling must be an object or null, got \[\]"),
+        ({"architectures": 5}, "architectures must be .*, got 5"),
+        ({"layer_types": 5}, "layer_types must all be 'full_attention', got 5"),
+        ({"layer_types": [["full_attention"]]}, "layer_types must all be 'full_attention'"),
+        ({"use_sliding_window": "no"}, "use_sliding_window must be true or false, got 'no'"),
+        ({"quantization_config": "gptq"}, "quantised weights are not supported, got 'gptq'"),
+        ({"quantization_config": []}, r"quantised weights are not supported, got \[\]"),
+        ({"eos_token_id": 1.5}, r"eos_token_id must be an integer in \[0, 2147483647\], got 1.5"),
+        ({"eos_token_id": "abc"}, "eos_token_id must be an integer .*, got 'abc'"),
+        ({"eos_token_id": True}, "eos_token_id must be an integer .*, got True"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id must be an integer .*, got -1"),
+        ({"head_dim": 64.0}, "head_dim must be an integer .*, got 64.0"),
+        ({"torch_dtype": 0}, "torch_dtype. must be one of .*, got 0"),
+        ({"dual_chunk_attention_config": []}, r"dual_chunk_attention_config must be an object, got \[\]"),
+        (
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "chunk_size": 2**70}},
+            r"chunk_size must be an integer in \[1, 2147483647\], got 1180591620717411303424",
+        ),
         ({"head_dim": 96}, "head_dim must be 64 or 128, got 96"),
         ({"head_dim": None, "hidden_size": 64}, "head_dim must be 64 or 128, got 32"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3, got 2"),
         ({"vocab_size": None}, "vocab_size is missing"),
-        ({"vocab_size": "many"}, "vocab_size must be an integer >= 1, got 'many'"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number, got -1.0"),
+        ({"vocab_size": "many"}, r"vocab_size must be an integer in \[1, 2147483647\], got 'many'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a finite number > 0, got -1.0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype. must be one of"),
         ({"dual_chunk_attention_config": {"chunk_size": 256}}, "local_size is missing"),
@@ -136,8 +170,8 @@ def test_parse_dtype() -> None:
             "local_size must be below chunk_size = 256, got 256",
         ),
         (
-            {"dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_enabled": True}},
-            "sparse_attention_enabled is true but there are no budgets",
+            {"dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_threshold": "many"}},
+            "sparse_attention_threshold must be an integer .*got 'many'",
         ),
         (
             {
@@ -175,12 +209,20 @@ def test_budgets() -> None:
         ([{"0": ["a_shape", 1, 1, 1], "1": ["a_shape", 1, 1, 1]}] * 2, "layer 0, head 0 must be .*got .'a_shape'"),
         ([{"0": ["vertical_and_slash", 1], "1": []}] * 2, "layer 0, head 0"),
         ([{"0": ["vertical_and_slash", 1, 2, 1.0], "1": ["vertical_and_slash", -1, 2, 1.0]}] * 2, "head 1"),
+        ([{"0": ["vertical_and_slash", 2**70, 2, 1.0], "1": ["vertical_and_slash", 1, 2, 1.0]}] * 2, "head 0"),
         ([{"0": ["vertical_and_slash", 1.5, 2, 1.0], "1": ["vertical_and_slash", 1, 2, 1.0]}] * 2, "head 0"),
     ],
 )
 def test_bad_budgets(raw: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseConfig.from_budgets(raw, num_layers=2, num_heads=2)
+
+
+def test_budgets_of_another_model() -> None:
+    config = ModelConfig.from_dict(TINY)
+    for sizes, got in ((((1, 1),), r"\[2\]"), (((1, 1), (1,)), r"\[2, 1\]")):
+        with pytest.raises(ValueError, match=rf"sparse.slash_sizes must have shape .* = \[2, 2\], got {got} heads"):
+            replace(config, sparse=SparseConfig(((1, 1), (1, 1)), sizes))
 
 
 def test_budgets_inside_the_config_and_beside_it(tmp_path: Path) -> None:
@@ -199,6 +241,18 @@ def test_budgets_inside_the_config_and_beside_it(tmp_path: Path) -> None:
     assert beside == SparseConfig(((300, 300),) * 2, ((400, 400),) * 2, enabled=False, threshold=512, last_q=32)
 
 
+def test_switches_without_budgets() -> None:
+    raw = {**DUAL_CHUNK, "sparse_attention_enabled": True, "sparse_attention_threshold": 512}
+    config = ModelConfig.from_dict({**TINY, "dual_chunk_attention_config": raw})
+    assert config.sparse is None
+    assert config.sparse_switches == SparseSwitches(enabled=True, threshold=512)
+    by_coverage = config.with_coverage(0.9).sparse
+    assert by_coverage is not None
+    assert by_coverage.threshold == 512
+    with pytest.raises(ValueError, match="sparse_attention_enabled is true but there are no budgets"):
+        SparseConfig.from_dual_chunk(raw, num_layers=2, num_heads=2)
+
+
 def test_directory_errors_and_eos(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
         ModelConfig.from_directory(tmp_path)
@@ -209,6 +263,22 @@ def test_directory_errors_and_eos(tmp_path: Path) -> None:
     assert ModelConfig.from_directory(tmp_path).eos_token_ids == (3,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     assert ModelConfig.from_directory(tmp_path).eos_token_ids == (3, 4)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1.5}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be an integer .*, got 1\.5"):
+        ModelConfig.from_directory(tmp_path)
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text("[1]")
+        with pytest.raises(ValueError, match=rf"{name} must hold an object, got a list"):
+            ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**6)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_null_is_the_default() -> None:
+    nulls = dict.fromkeys(("num_key_value_heads", "use_sliding_window", "tie_word_embeddings", "partial_rotary_factor"))
+    raw = {**TINY, "num_key_value_heads": TINY["num_attention_heads"]}
+    assert ModelConfig.from_dict({**raw, **nulls}) == ModelConfig.from_dict(raw)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import qwen_sparse.loader
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, random_tensors, save_tensors
 from qwen_sparse import load_model
+from qwen_sparse.loader import load_config
 
 
 def test_every_tensor_lands_in_its_place(write_checkpoint: WriteCheckpoint) -> None:
@@ -66,6 +67,46 @@ def test_dtype(write_checkpoint: WriteCheckpoint) -> None:
     assert auto.dtype == auto.weights.embedding.dtype == torch.bfloat16
     assert wide.dtype == wide.weights.layers[0].qkv.dtype == torch.float32
     assert torch.equal(auto.weights.embedding, wide.weights.embedding.bfloat16())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_of_the_weights_where_the_config_has_none(
+    write_checkpoint: WriteCheckpoint, dtype: torch.dtype, shards: int
+) -> None:
+    directory = write_checkpoint(torch_dtype=None)
+    norms = {name for name in random_tensors(TINY, 0) if "norm" in name}  # some checkpoints keep them wide
+    (directory / "model.safetensors").unlink()
+    save_tensors(
+        directory,
+        {name: tensor if name in norms else tensor.to(dtype) for name, tensor in random_tensors(TINY, 0).items()},
+        shards,
+    )
+    assert load_model(directory).dtype == load_config(directory).dtype == dtype
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    assert load_config(directory).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_that_are_no_floats(write_checkpoint: WriteCheckpoint, dtype: torch.dtype) -> None:
+    """What a quantised checkpoint without quantization_config holds; a cast would make garbage of it."""
+    directory = write_checkpoint()
+    tensors = random_tensors(TINY, 0)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        tensors[name] = tensors[name].to(dtype)
+    save_tensors(directory, tensors)
+    expected = r"none of BF16, F16, F32, F64 .* 2: model.layers.0.mlp.up_proj.weight \w+, model.layers.1.self_attn.q"
+    with pytest.raises(ValueError, match=expected):
+        load_model(directory)
+
+
+def test_wide_weights(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    save_tensors(directory, {name: tensor.double() for name, tensor in random_tensors(TINY, 0).items()})
+    assert torch.equal(load_model(directory).weights.embedding, random_tensors(TINY, 0)["model.embed_tokens.weight"])
 
 
 def test_no_attention_bias(write_checkpoint: WriteCheckpoint) -> None:
@@ -144,6 +185,12 @@ def test_missing_files(write_checkpoint: WriteCheckpoint, tmp_path: Path) -> Non
         load_model(directory)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(ValueError, match="must have a weight_map"):
+        load_model(directory)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 1}}))
+    with pytest.raises(ValueError, match=r"weight_map of tensor names to names of files, got .'model.norm.weight': 1"):
+        load_model(directory)
+    (directory / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json must hold an object, got a list"):
         load_model(directory)
 
 

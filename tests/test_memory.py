@@ -19,7 +19,14 @@ from conftest import DUAL_CHUNK, GPU_KERNELS, TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, estimate_memory, load_model, ops
 from qwen_sparse.config import ModelConfig
 from qwen_sparse.loader import load_config
-from qwen_sparse.memory import available_memory, format_bytes, index_bytes, peak_resident_memory, resident_memory
+from qwen_sparse.memory import (
+    available_memory,
+    estimate_calibration_memory,
+    format_bytes,
+    index_bytes,
+    peak_resident_memory,
+    resident_memory,
+)
 from qwen_sparse.models import linear
 from qwen_sparse.models.qwen2 import Qwen2Model
 from test_config import QWEN25_7B_1M
@@ -226,8 +233,13 @@ def test_indexes_of_the_widest_layer(write_checkpoint: WriteCheckpoint) -> None:
 
 def test_rules() -> None:
     for name in ("seqlen", "batch", "chunk_tokens"):
-        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
-            estimate_memory(QWEN_7B, **{"seqlen": 1, name: 0})
+        for value in (0, 1.5, float("nan"), "many", True):
+            with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value!r}"):
+                estimate_memory(QWEN_7B, **{"seqlen": 1, name: value})
+    for estimate in (estimate_memory, estimate_calibration_memory):
+        assert estimate(QWEN_7B, 2000, dtype="bfloat16") == estimate(QWEN_7B, 2000, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"dtype must be one of bfloat16, float16, float32, got torch\.int8"):
+            estimate(QWEN_7B, 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="kv_cache_dtype must be"):
         estimate_memory(QWEN_7B, 1, kv_cache_dtype="fp8")
     with pytest.raises(ValueError, match="needs a model in bfloat16"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets, random_tensors, save_tensors
 from qwen_sparse import generate, load_model, prefill, reference
+from qwen_sparse.memory import format_bytes
 from qwen_sparse.models.qwen2 import Qwen2Model
 
 VOCAB = TINY["vocab_size"]
@@ -325,6 +328,63 @@ def test_when_prefill_is_sparse(write_checkpoint: WriteCheckpoint) -> None:
     off = replace(model.config, sparse=replace(model.config.sparse, enabled=False))
     assert not model.with_options(config=off).prefills_sparse(10**6)
     assert model.with_options(config=off, attention="sparse").prefills_sparse(1)
+
+
+def test_enabled_sparse_attention_without_budgets(write_checkpoint: WriteCheckpoint) -> None:
+    """Only what would run by budgets needs them."""
+    directory = write_checkpoint(dual_chunk_attention_config={**DUAL_CHUNK, "sparse_attention_enabled": True})
+    dense = load_model(directory, attention="dense")
+    assert not dense.prefills_sparse(10**6)
+    assert load_model(directory, coverage=0.9).prefills_sparse(10**6)
+    assert dense.with_options(attention="sparse", coverage=0.9).prefills_sparse(1)
+    with pytest.raises(
+        ValueError, match=r"'auto' needs budgets where sparse_attention_enabled is true in config\.json"
+    ):
+        load_model(directory)
+    with pytest.raises(ValueError, match=r"'sparse' needs budgets .* this model has none"):
+        dense.with_options(attention="sparse")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", 1),
+        ("vocab_size", 259),
+        ("intermediate_size", 96),
+        ("hidden_size", 64),
+        ("num_heads", 1),
+        ("num_kv_heads", 2),
+        ("head_dim", 128),
+        ("attention_bias", False),
+        ("tie_word_embeddings", True),
+    ],
+)
+def test_other_sizes_need_other_weights(write_checkpoint: WriteCheckpoint, name: str, value: object) -> None:
+    model = load_model(write_checkpoint())
+    changed = replace(model.config, **{name: value})
+    expected = f"config.{name} must be the weights', {getattr(model.config, name)}, got {value}"
+    with pytest.raises(ValueError, match=expected):
+        model.with_options(config=changed)
+
+
+def test_models_can_be_compared_hashed_printed_and_copied(write_checkpoint: WriteCheckpoint) -> None:
+    model, other = (load_model(write_checkpoint(name, tokenizer=True, sparse=(40, 110))) for name in ("one", "other"))
+    result = prefill(model, [1, 2, 3])
+    assert model == model
+    assert model != other
+    assert other in [model, other]
+    assert len({model, other, model}) == 2
+    assert result != prefill(model, [1, 2, 3])
+    assert model.weights != other.weights
+    assert model.weights.layers[0] not in other.weights.layers
+    assert len(repr(result)) < 1000
+    shown = repr(model)
+    assert f"{model.path}', num_layers=2, float32 on cpu, weights {format_bytes(model.weights.nbytes)}, " in shown
+    assert len(shown) - len(str(model.path)) < 200
+    model.tokenizer.chat_template = "{{ messages }}"
+    model.tokenizer.apply_chat_template([])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(prefill(again, [1, 2, 3]).logits, result.logits)
 
 
 def test_options_are_checked(write_checkpoint: WriteCheckpoint) -> None:

@@ -218,6 +218,41 @@ def test_bad_arguments(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> 
         prefill(model, [1], cache=other.new_cache())
 
 
+def test_a_cache_continues_with_other_attention(model: Qwen2Model) -> None:
+    assert model.config.dual_chunk is not None
+    ids = random_ids(600)
+    by_coverage = model.with_options(attention="sparse", coverage=0.9)
+    ending = model.with_options(config=replace(model.config, eos_token_ids=(3,)), attention="dense")
+    for other in (by_coverage, ending):
+        cache = prefill(model, ids[:500]).cache
+        assert prefill(other, ids[500:], cache=cache).stats.tokens == 100
+        assert cache.seqlen == 600
+    chunk = replace(model.config.dual_chunk, local_size=64, chunk_size=320)
+    rotations = replace(model.config, dual_chunk=chunk), replace(model.config, dual_chunk=None)
+    for config in rotations:  # keys are rotated within another length
+        with pytest.raises(ValueError, match="same sizes, rotary embedding, chunk length"):
+            prefill(model.with_options(config=config), [1], cache=prefill(model, ids[:200]).cache)
+
+
+def test_autocast_changes_nothing(model: Qwen2Model) -> None:
+    expected = prefill(model, random_ids(300))
+    step = torch.tensor([5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = prefill(model, random_ids(300))
+        logits = model.forward(step, result.cache)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(result.logits, expected.logits)
+    assert torch.equal(logits, model.forward(step, expected.cache))
+
+
+def test_capacity(model: Qwen2Model) -> None:
+    for capacity in (-1, 1.5, "many"):
+        with pytest.raises(ValueError, match=f"capacity must be an integer >= 0, got .*{capacity}"):
+            model.new_cache(capacity)
+    with pytest.raises(MemoryError, match=r"capacity of 1099511627776 tokens takes 1126 TB, and .* available"):
+        model.new_cache(2**40)
+
+
 def test_progress_bar(model: Qwen2Model, capsys: pytest.CaptureFixture[str]) -> None:
     prefill(model, random_ids(300), chunk_tokens=100, progress=True)
     shown = capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,15 @@ def test_template_variables() -> None:
     assert rendered == '<|im_end|>[{"name": "größe"}]'
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies(copied: Callable[[Tokenizer], Tokenizer]) -> None:
+    tokenizer = template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    expected = tokenizer.apply_chat_template(MESSAGES)
+    again = copied(tokenizer)
+    assert again.apply_chat_template(MESSAGES) == expected
+    assert again.encode("text") == tokenizer.encode("text")
+
+
 def test_special_tokens_written_as_objects(directory: Path) -> None:
     config = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": None}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -152,6 +164,16 @@ def test_file_errors(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(ValueError, match="must be a string or a list, got int"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["{{ messages }}"]}))
+    with pytest.raises(ValueError, match=r"must have an entry named 'default', got \[\]"):
+        Tokenizer.from_directory(tmp_path)
+    for token in ({"x": 1}, {"content": 5}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        with pytest.raises(ValueError, match=r"bos_token must be a string, or an object .* got ."):
+            Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold an object, got a list"):
         Tokenizer.from_directory(tmp_path)
 
 

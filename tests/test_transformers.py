@@ -140,8 +140,25 @@ def test_dual_chunk_generates_for_a_padded_batch(load: Load) -> None:
         ids[row, 300 - len(prompt) :], shown[row, 300 - len(prompt) :] = prompt, 1
     expected = [list(generate(ours, prompt, max_new_tokens=5, stop_token_ids=())) for prompt in prompts]
     assert generated(theirs, ids, 5, attention_mask=shown) == expected
-    with pytest.raises(NotImplementedError, match="position_ids that count from its first token"):
+    with pytest.raises(NotImplementedError, match=r"count from a sequence's first token.*got 130 instead of 0 in seq"):
         logits(theirs, ids, attention_mask=shown)
+
+
+def test_dual_chunk_refuses_other_positions(load: Load) -> None:
+    """Attention by chunks depends on where chunks begin, so shifted positions are no relative ones."""
+    theirs, _ = load()
+    enabled = plugin.enable_dual_chunk(theirs, **SIZES)
+    ids = tokens(300)
+    with pytest.raises(NotImplementedError, match="got 100 instead of 0 in sequence 0"):
+        logits(theirs, ids, position_ids=torch.arange(300)[None] + 100)
+    gap = torch.arange(300)[None] + (torch.arange(300) >= 200)
+    with pytest.raises(NotImplementedError, match="got 201 instead of 200 in sequence 0"):
+        logits(theirs, ids, position_ids=gap, attention_mask=torch.ones(1, 300))
+    expected = logits(theirs, ids)
+    assert torch.equal(logits(theirs, ids, position_ids=torch.arange(300)[None]), expected)
+    enabled.remove()
+    shifted = logits(theirs, ids, position_ids=torch.arange(300)[None] + 100)  # plain RoPE is relative
+    torch.testing.assert_close(shifted, logits(theirs, ids), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dual_chunk", [False, True])
@@ -205,6 +222,20 @@ def test_what_it_does_not_do_is_named(load: Load) -> None:
         theirs(ids[None])
 
 
+def test_gradients_are_refused(load: Load) -> None:
+    theirs, _ = load()
+    ids = tokens(30)[None]
+    with pytest.raises(NotImplementedError, match=r"no gradients.*torch\.no_grad\(\).*'sdpa'"):
+        theirs(ids, labels=ids)
+    theirs.requires_grad_(False)
+    theirs.lm_head.requires_grad_(True)  # above attention, gradients are right
+    theirs(ids, labels=ids).loss.backward()
+    assert theirs.lm_head.weight.grad.abs().max() > 0
+    embeddings = torch.zeros(1, 30, theirs.config.hidden_size, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="queries, keys or values require them"):
+        theirs(inputs_embeds=embeddings)
+
+
 def test_enabling_checks_the_model(load: Load) -> None:
     theirs, _ = load()
     enabled = plugin.enable_dual_chunk(theirs, **SIZES)
@@ -215,6 +246,12 @@ def test_enabling_checks_the_model(load: Load) -> None:
         plugin.enable_dual_chunk(theirs, chunk_size=64, local_size=64)
     with pytest.raises(ValueError, match=r"one entry per layer \(2\), got 1 entries"):
         plugin.enable_vertical_slash(theirs, [{}])
+    with pytest.raises(ValueError, match=r"original_max_position_embeddings must be an integer in \[0, .*got -5"):
+        plugin.enable_dual_chunk(theirs, **SIZES, original_max_position_embeddings=-5)
+    fitting = budgets({**HEADS, "num_hidden_layers": 2}, 40, 120)
+    for name, value in (("threshold", "x"), ("threshold", -1), ("last_q", 0), ("last_q", 65)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer in .*got '?{value}"):
+            plugin.enable_vertical_slash(theirs, fitting, **{name: value})
     with pytest.raises(ValueError, match="one rotary_emb, got 0"):
         plugin.enable_dual_chunk(nn.Linear(2, 2), **SIZES)
     windowed = transformers.Qwen2ForCausalLM(

@@ -36,7 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .arguments import check_integer, check_number
-from .config import SparseConfig, read_json, served_columns
+from .checkpoint import read_json
+from .config import SparseConfig, SparseSwitches, served_columns
 from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.qwen2 import Queries, Qwen2Model
@@ -285,7 +286,7 @@ def calibrate(
         recall=recall,
         pairs=tuple((vertical, slash) for vertical, slash in pairs),
         step=step,
-        last_q=(model.config.sparse.last_q if model.config.sparse else 64) if last_q is None else last_q,
+        last_q=(model.config.sparse or model.config.sparse_switches).last_q if last_q is None else last_q,
         chunk_tokens=default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens,
     )
     search.check(model)
@@ -502,7 +503,9 @@ def _dense_layer(model: Qwen2Model, hidden: Tensor, chunk_tokens: int, last_q: i
 
 def _model_digest(model: Qwen2Model) -> dict[str, Any]:
     """The model's name, and digests of its config (budgets aside) and of the weights in front of the final norm."""
-    config = json.dumps(asdict(replace(model.config, sparse=None)), sort_keys=True, default=str)
+    config = json.dumps(
+        asdict(replace(model.config, sparse=None, sparse_switches=SparseSwitches())), sort_keys=True, default=str
+    )
     weights, digest = model.weights, hashlib.sha256()
     layers = [tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None]
     for tensor in (weights.embedding, *layers):

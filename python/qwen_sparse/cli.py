@@ -235,7 +235,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_calibrate(args: argparse.Namespace) -> int:
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, attention="dense")  # may have no budgets yet
     if args.synthetic:
         check_length(model, args.length, chunk_tokens=args.chunk_tokens)
         tokens = synthetic_tokens(model, args.length, args.seed)

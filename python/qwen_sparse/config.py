@@ -5,21 +5,34 @@ Everything the decoder does not implement is refused here, by name, before a wei
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["PAGE_SIZE", "DualChunkConfig", "ModelConfig", "RopeConfig", "SparseConfig", "parse_dtype", "served_columns"]
+from .checkpoint import parse_json, read_json, weights_dtype
+
+__all__ = [
+    "PAGE_SIZE",
+    "DualChunkConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "SparseConfig",
+    "SparseSwitches",
+    "parse_dtype",
+    "served_columns",
+]
 
 PAGE_SIZE = 128
 """Tokens per page of the KV cache. A page never straddles the border of a DCA chunk."""
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 HEAD_DIMS = (64, 128)
+LARGEST = 2**31 - 1
+"""Of all counts and token ids: what an int32 holds."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DUAL_CHUNK_KEYS = frozenset({"chunk_size", "local_size", "original_max_position_embeddings"})
@@ -61,36 +74,39 @@ def parse_dtype(value: object, name: str = "dtype") -> torch.dtype:
     return dtype
 
 
+def _value(raw: Mapping[str, Any], key: str, where: str, default: object) -> Any:
+    """What every reader below starts from: an absent value and null are the default."""
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{where}: {key} is missing")
+    return value
+
+
 def _integer(
     raw: Mapping[str, Any],
     key: str,
     where: str,
     *,
     minimum: int = 1,
-    maximum: int | None = None,
+    maximum: int = LARGEST,
     default: int | None = None,
 ) -> int:
-    value = raw.get(key, default)
-    if value is None:
-        raise ValueError(f"{where}: {key} is missing")
-    if type(value) is not int or value < minimum or (maximum is not None and value > maximum):
-        rule = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
-        raise ValueError(f"{where}: {key} must be an integer {rule}, got {value!r}")
+    value = _value(raw, key, where, default)
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise ValueError(f"{where}: {key} must be an integer in [{minimum}, {maximum}], got {value!r}")
     return value
 
 
-def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{where}: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"{where}: {key} must be a positive number, got {value!r}")
+def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None = None, *, above: float = 0) -> float:
+    value = _value(raw, key, where, default)
+    if type(value) not in (int, float) or not above < value <= sys.float_info.max:
+        raise ValueError(f"{where}: {key} must be a finite number > {above}, got {value!r}")
     return float(value)
 
 
 def _boolean(raw: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    value = raw.get(key, default)
+    value = _value(raw, key, where, default)
     if not isinstance(value, bool):
         raise ValueError(f"{where}: {key} must be true or false, got {value!r}")
     return value
@@ -124,16 +140,24 @@ class RopeConfig:
             ValueError: a rope type other than default and yarn, an unknown key, or a value out of range.
         """
         where = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-        scaling = raw.get(where) or {}
+        scaling = _value(raw, where, where, {})
         if not isinstance(scaling, Mapping):
             raise ValueError(f"{where} must be an object or null, got {scaling!r}")
         _refuse_unknown(scaling, _ROPE_KEYS, where)
-        theta = _number({"rope_theta": scaling.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", where, 1e4)
-        partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            raise ValueError(f"partial_rotary_factor must be 1 (the whole head is rotated), got {partial!r}")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "default":
+        sources = [(scaling, where), (raw, "config.json")]
+        theta_source = next((source for source in sources if source[0].get("rope_theta") is not None), sources[1])
+        theta = _number(theta_source[0], "rope_theta", theta_source[1], 1e4, above=1)
+        for source, name in sources:
+            partial = _number(source, "partial_rotary_factor", name, 1.0)
+            if partial != 1.0:
+                raise ValueError(
+                    f"{name}: partial_rotary_factor must be 1 (the whole head is rotated), got {partial!r}"
+                )
+        kind = next((scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None), None)
+        options = sorted(set(scaling) - {"rope_theta", "partial_rotary_factor", "rope_type", "type"})
+        if kind is None and options:  # transformers leaves them out without a word
+            raise ValueError(f"{where}: rope_type is missing ('default' or 'yarn') beside {', '.join(options)}")
+        if kind in (None, "default"):
             return cls(rope_theta=theta)
         if kind != "yarn":
             raise ValueError(f"{where}: type must be 'default' or 'yarn', got {kind!r}")
@@ -173,8 +197,8 @@ class DualChunkConfig:
 
     def __post_init__(self) -> None:
         where = "dual_chunk_attention_config"
-        for name in ("chunk_size", "local_size"):
-            _integer({name: getattr(self, name)}, name, where)
+        for name, minimum in (("chunk_size", 1), ("local_size", 1), ("original_max_position_embeddings", 0)):
+            _integer({name: getattr(self, name)}, name, where, minimum=minimum)
         if self.local_size >= self.chunk_size:
             raise ValueError(f"{where}: local_size must be below chunk_size = {self.chunk_size}, got {self.local_size}")
         if self.chunk_len % PAGE_SIZE:
@@ -215,8 +239,34 @@ def check_coverage(coverage: float) -> None:
     """Raises:
     ValueError: not in (0, 1).
     """
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must lie in (0, 1), got {coverage}")
+    if not isinstance(coverage, int | float) or not 0 < coverage < 1:
+        raise ValueError(f"coverage must lie in (0, 1), got {coverage!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSwitches:
+    """What ``dual_chunk_attention_config`` says of sparse attention besides budgets."""
+
+    enabled: bool = False
+    """``sparse_attention_enabled``; where it is absent, whether there are budgets."""
+    threshold: int = 32768
+    """Prompts up to this many tokens run dense."""
+    last_q: int = 64
+    """Query rows that vote in the selection; at most 64."""
+
+    @classmethod
+    def from_dual_chunk(cls, raw: Mapping[str, Any], *, budgets: bool) -> SparseSwitches:
+        """From the contents of ``dual_chunk_attention_config``; ``budgets``: whether there are any.
+
+        Raises:
+            ValueError: a bad value.
+        """
+        where = "dual_chunk_attention_config"
+        return cls(
+            enabled=_boolean(raw, "sparse_attention_enabled", where, budgets),
+            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
+            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +286,8 @@ class SparseConfig:
     """Share of the voting rows' attention that a head's sets are chosen for, in (0, 1); the sizes are ceilings then."""
 
     def __post_init__(self) -> None:
+        for name, minimum, maximum in (("threshold", 0, LARGEST), ("last_q", 1, 64)):
+            _integer({name: getattr(self, name)}, name, "SparseConfig", minimum=minimum, maximum=maximum)
         if self.coverage is not None:
             check_coverage(self.coverage)
 
@@ -293,20 +345,16 @@ class SparseConfig:
         Raises:
             ValueError: a bad value, or ``sparse_attention_enabled`` without budgets.
         """
-        where = "dual_chunk_attention_config"
         budgets = raw.get("sparse_attention_config") if budgets is None else budgets
-        if budgets is None:
-            if raw.get("sparse_attention_enabled"):
-                raise ValueError(f"{where}: sparse_attention_enabled is true but there are no budgets")
-            return None
-        return cls.from_budgets(
-            budgets,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            enabled=_boolean(raw, "sparse_attention_enabled", where, True),
-            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
-            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
-        )
+        switches = SparseSwitches.from_dual_chunk(raw, budgets=budgets is not None)
+        if budgets is not None:
+            return cls.from_budgets(budgets, num_layers=num_layers, num_heads=num_heads, **asdict(switches))
+        if switches.enabled:
+            raise ValueError(
+                "dual_chunk_attention_config: sparse_attention_enabled is true but there are no budgets "
+                "(sparse_attention_config.json beside the model, or sparse_attention_config)"
+            )
+        return None
 
 
 def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int, int]]:
@@ -321,7 +369,7 @@ def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int,
         if (
             len(sizes) != 2
             or entry[0] != "vertical_and_slash"
-            or not all(type(size) is int and size >= 0 for size in sizes)
+            or not all(type(size) is int and 0 <= size <= LARGEST for size in sizes)
         ):
             raise ValueError(
                 f'{where}, head {head} must be ["vertical_and_slash", V, S, score] with integers V, S >= 0, '
@@ -354,9 +402,21 @@ class ModelConfig:
     attention_bias: bool = True
     """Bias on the q, k and v projections; Qwen2 has it unless the config says false."""
     dtype: torch.dtype = torch.bfloat16
+    """Of the checkpoint; where config.json has none, the embedding's, and float32 where there are no weights either."""
     eos_token_ids: tuple[int, ...] = ()
     dual_chunk: DualChunkConfig | None = None
     sparse: SparseConfig | None = None
+    sparse_switches: SparseSwitches = SparseSwitches()
+    """Of a checkpoint without budgets; :attr:`sparse` has its own."""
+
+    def __post_init__(self) -> None:
+        for name in () if self.sparse is None else ("vertical_sizes", "slash_sizes"):
+            heads = [len(layer) for layer in getattr(self.sparse, name)]
+            if heads != [self.num_heads] * self.num_layers:
+                raise ValueError(
+                    f"sparse.{name} must have shape [num_layers, num_heads] = [{self.num_layers}, {self.num_heads}], "
+                    f"got {heads} heads by layer"
+                )
 
     def with_coverage(self, coverage: float) -> ModelConfig:
         """The same with index sets chosen by coverage instead of budgets; threshold and voting rows stay.
@@ -364,8 +424,14 @@ class ModelConfig:
         Raises:
             ValueError: ``coverage`` is not in (0, 1).
         """
-        kept = {} if self.sparse is None else {"threshold": self.sparse.threshold, "last_q": self.sparse.last_q}
-        sparse = SparseConfig.from_coverage(coverage, num_layers=self.num_layers, num_heads=self.num_heads, **kept)
+        kept = self.sparse or self.sparse_switches
+        sparse = SparseConfig.from_coverage(
+            coverage,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            threshold=kept.threshold,
+            last_q=kept.last_q,
+        )
         return replace(self, sparse=sparse)
 
     @classmethod
@@ -390,14 +456,15 @@ class ModelConfig:
                 f"got {num_heads}"
             )
         hidden_size = _integer(raw, "hidden_size", where)
-        head_dim = raw.get("head_dim") or hidden_size // num_heads
+        head_dim = _integer(raw, "head_dim", where, default=hidden_size // num_heads)
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"{where}: head_dim must be 64 or 128, got {head_dim}")
         num_layers = _integer(raw, "num_hidden_layers", where)
-        dual_chunk = raw.get("dual_chunk_attention_config") or {}
+        dual_chunk = _value(raw, "dual_chunk_attention_config", where, {})
         if not isinstance(dual_chunk, Mapping):
             raise ValueError(f"{where}: dual_chunk_attention_config must be an object, got {dual_chunk!r}")
-        eos = raw.get("eos_token_id")
+        budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
+        switches = SparseSwitches.from_dual_chunk(dual_chunk, budgets=budgets is not None)
         return cls(
             vocab_size=_integer(raw, "vocab_size", where),
             hidden_size=hidden_size,
@@ -412,13 +479,15 @@ class ModelConfig:
             tie_word_embeddings=_boolean(raw, "tie_word_embeddings", where, False),
             attention_bias=_boolean(raw, "attention_bias", where, True),
             dtype=parse_dtype(
-                raw.get("dtype") or raw.get("torch_dtype") or "float32", f"{where}: dtype (or torch_dtype)"
+                _value(raw, "dtype", where, _value(raw, "torch_dtype", where, "float32")),
+                f"{where}: dtype (or torch_dtype)",
             ),
-            eos_token_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
+            eos_token_ids=_token_ids(raw, "eos_token_id", where),
             dual_chunk=DualChunkConfig.from_dict(dual_chunk) if dual_chunk else None,
-            sparse=SparseConfig.from_dual_chunk(
-                dual_chunk, num_layers=num_layers, num_heads=num_heads, budgets=budgets
-            ),
+            sparse=None
+            if budgets is None
+            else SparseConfig.from_budgets(budgets, num_layers=num_layers, num_heads=num_heads, **asdict(switches)),
+            sparse_switches=switches if budgets is None else SparseSwitches(),
         )
 
     @classmethod
@@ -433,37 +502,35 @@ class ModelConfig:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {path}")
         raw = read_json(path / "config.json")
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path / 'config.json'} must hold an object, got a {type(raw).__name__}")
+        if raw.get("dtype") is None and raw.get("torch_dtype") is None:
+            raw = {**raw, "dtype": weights_dtype(path)}
         generation, sparse = path / "generation_config.json", path / "sparse_attention_config.json"
-        if generation.is_file():
-            eos = read_json(generation).get("eos_token_id")
-            raw = raw if eos is None else {**raw, "eos_token_id": eos}
-        return cls.from_dict(raw, budgets=read_json(sparse) if sparse.is_file() else None)
-
-
-def read_json(path: Path) -> Any:
-    """Parsed contents of a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON; the message names it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        config = cls.from_dict(raw, budgets=parse_json(sparse) if sparse.is_file() else None)
+        eos = _token_ids(read_json(generation), "eos_token_id", generation.name) if generation.is_file() else ()
+        return replace(config, eos_token_ids=eos or config.eos_token_ids)
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
-    architectures = raw.get("architectures") or ([ARCHITECTURE] if raw.get("model_type") == "qwen2" else [])
-    if list(architectures) != [ARCHITECTURE]:
+    architectures = raw.get("architectures")
+    if architectures in (None, []):
+        architectures = [ARCHITECTURE] if raw.get("model_type") == "qwen2" else None
+    if architectures != [ARCHITECTURE]:
         raise ValueError(f"architectures must be ['{ARCHITECTURE}'], got {raw.get('architectures')!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    if raw.get("use_sliding_window", False):
+    if _boolean(raw, "use_sliding_window", "config.json", False):
         raise ValueError("use_sliding_window must be false: sliding-window layers are not supported, got true")
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types must all be 'full_attention', got {raw['layer_types']!r}")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method")
+    layers = raw.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
+        raise ValueError(f"layer_types must all be 'full_attention', got {layers!r}")
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(f"quantization_config must be absent: quantised weights are not supported, got {method!r}")
+
+
+def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """A token id, a list of them, or null."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_integer({key: token}, key, where, minimum=0) for token in ids)

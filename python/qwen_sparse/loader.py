@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from . import _C
-from .config import ModelConfig, parse_dtype, read_json
+from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
+from .config import ModelConfig, parse_dtype
 from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights
 
 __all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
@@ -42,19 +43,21 @@ def load_model(
             ("Qwen/Qwen2.5-7B-Instruct-1M"; needs the package huggingface_hub).
         device: "cpu", "cuda" or "cuda:N" (compute capability 8.0 or newer, 16-bit dtypes); "auto" is the current
             CUDA device if there is one, this build has CUDA kernels and the dtype is not float32; else the CPU.
-        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        dtype: "auto" (the checkpoint's: of config.json, or of the embedding where it has none), "bfloat16", "float16"
+            or "float32".
         kv_cache_dtype: "auto" (the model's dtype), "bfloat16" or "int8".
         max_seq_len: most tokens of a sequence. None: no limit but memory for models with Dual Chunk
             Attention, which have no longest position; max_position_embeddings for others.
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
-            longer than their threshold; "dense" never; "sparse" always.
+            longer than their threshold; "dense" never; "sparse" always. "auto" needs budgets (or a coverage) where
+            config.json says ``sparse_attention_enabled: true``, "sparse" always does.
         coverage: share of attention, in (0, 1), that sparse prefill chooses its index sets for, per head and prefill
             chunk; the checkpoint needs no budgets then, and its own are not used. None: budgets.
 
     Raises:
         FileNotFoundError: there is no such directory, config or weight file.
         ValueError: an unsupported model or argument, or tensors that are missing, unexpected or mis-shaped
-            (all are named in one error).
+            or no floating-point numbers (all are named in one error).
 
     Example:
         >>> model = load_model("Qwen/Qwen2.5-7B-Instruct-1M", kv_cache_dtype="int8")
@@ -211,46 +214,7 @@ def _may_ignore(name: str, config: ModelConfig) -> bool:
     return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
 
 
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    shape: tuple[int, ...]
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The single safetensors file, or every shard that the index names.
-
-    Raises:
-        FileNotFoundError: neither is there, or shards are missing (all are named).
-    """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} must have a weight_map of tensor names to files, got {weight_map!r}")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
-        return files
-    if single.is_file():
-        return [single]
-    raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json in {directory}")
-
-
-def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
-    stored = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    stored[name] = _Stored(file, tuple(tensors.get_slice(name).get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    return stored
-
-
-def _check_tensors(stored: dict[str, _Stored], targets: dict[str, Tensor], config: ModelConfig) -> None:
+def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Tensor], config: ModelConfig) -> None:
     missing = [name for name in targets if name not in stored]
     extra = [name for name in stored if name not in targets and not _may_ignore(name, config)]
     mis_shaped = [
@@ -258,10 +222,18 @@ def _check_tensors(stored: dict[str, _Stored], targets: dict[str, Tensor], confi
         for name, target in targets.items()
         if name in stored and stored[name].shape != tuple(target.shape)
     ]
+    no_floats = [
+        f"{name} {stored[name].dtype}" for name in targets if name in stored and stored[name].dtype not in FLOAT_DTYPES
+    ]
     problems = [
         f"{kind} {len(names)}: {', '.join(sorted(names)[:_NAMES_SHOWN])}"
         + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-        for kind, names in (("missing", missing), ("unexpected", extra), ("mis-shaped", mis_shaped))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("mis-shaped", mis_shaped),
+            (f"in none of {', '.join(FLOAT_DTYPES)} (quantised?)", no_floats),
+        )
         if names
     ]
     if problems:
@@ -270,8 +242,8 @@ def _check_tensors(stored: dict[str, _Stored], targets: dict[str, Tensor], confi
 
 @torch.no_grad()
 def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
-    files = _weight_files(directory)
-    stored = _stored_tensors(files)
+    files = weight_files(directory)
+    stored = stored_tensors(files)
     _check_tensors(stored, dict(_targets(config, empty_weights(config, dtype, torch.device("meta")))), config)
     weights = empty_weights(config, dtype, device)
     targets = dict(_targets(config, weights))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .config import PAGE_SIZE, ModelConfig
+from .config import PAGE_SIZE, ModelConfig, parse_dtype
 from .kv_cache import resolve_kv_cache_dtype
 from .models.linear import WIDEN_ROWS, widened_bytes, widens
 
@@ -90,7 +90,7 @@ def estimate_memory(
     *,
     batch: int = 1,
     kv_cache_dtype: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     chunk_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> MemoryEstimate:
@@ -123,18 +123,18 @@ def estimate_memory(
         seqlen: tokens per sequence.
         batch: sequences in the cache.
         kv_cache_dtype: "auto", "bfloat16" or "int8".
-        dtype: of weights and activations; the checkpoint's when None.
+        dtype: of weights and activations, by name or as torch's; the checkpoint's when None.
         chunk_tokens: rows per prefill chunk; the device's default when None.
         device: where the model runs; the CPU when None.
 
     Raises:
-        ValueError: a size below 1 or an unknown ``kv_cache_dtype``.
+        ValueError: a size that is no integer >= 1, or an unknown ``dtype`` or ``kv_cache_dtype``.
     """
     chunk_tokens = default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens
     for name, value in (("seqlen", seqlen), ("batch", batch), ("chunk_tokens", chunk_tokens)):
-        if value < 1:
-            raise ValueError(f"estimate_memory: {name} must be >= 1, got {value}")
-    dtype = config.dtype if dtype is None else dtype
+        if type(value) is not int or value < 1:
+            raise ValueError(f"estimate_memory: {name} must be an integer >= 1, got {value!r}")
+    dtype = config.dtype if dtype is None else parse_dtype(dtype)
     storage_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
     heads, kv_heads, head_dim, item = config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize
     rotations = 3 * heads + kv_heads if config.dual_chunk else heads + kv_heads
@@ -163,7 +163,7 @@ def estimate_calibration_memory(
     config: ModelConfig,
     seqlen: int,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     chunk_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> MemoryEstimate:
@@ -177,11 +177,11 @@ def estimate_calibration_memory(
     - **indexes**: of heads that have grown to V = S = n, the most that refinement can come to.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that is no integer >= 1, or an unknown ``dtype``.
     """
     one_layer = replace(config, num_layers=1, sparse=None)
     prefill = estimate_memory(one_layer, seqlen, dtype=dtype, chunk_tokens=chunk_tokens, device=device)
-    item = (config.dtype if dtype is None else dtype).itemsize
+    item = (config.dtype if dtype is None else parse_dtype(dtype)).itemsize
     rows = min(default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens, seqlen)
     on_gpu = device is not None and torch.device(device).type == "cuda"
     whole = seqlen * (2 * config.hidden_size * item + 4 * config.num_heads)

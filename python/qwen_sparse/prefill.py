@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .arguments import check_integer
+from .config import ModelConfig, SparseSwitches
 from .kv_cache import PagedKVCache, resolve_kv_cache_dtype
 from .memory import (
     available_memory,
@@ -56,11 +57,11 @@ class PrefillStats:
         return self.tokens / self.total_seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefillResult:
     """What :func:`prefill` returns."""
 
-    logits: Tensor
+    logits: Tensor = field(repr=False)
     """float32 ``[vocab]`` of the last position, or ``[n, vocab]`` of every new position."""
     cache: PagedKVCache
     stats: PrefillStats
@@ -265,9 +266,17 @@ def check_request(
 
 
 def _check_cache(model: Qwen2Model, cache: PagedKVCache) -> None:
+    """Keys and values depend on the weights and on how keys are rotated, not on which of them attention reads."""
     pool = cache.pool
-    if pool.config != model.config or pool.dtype != model.dtype or pool.device != model.device:
+    same = _what_keys_depend_on(pool.config) == _what_keys_depend_on(model.config)
+    if not same or pool.dtype != model.dtype or pool.device != model.device:
         raise ValueError(
-            "cache must come from this model (same config, dtype and device): use model.new_cache(), got "
-            f"{cache!r} of another one"
+            "cache must come from this model (same sizes, rotary embedding, chunk length of Dual Chunk Attention, "
+            f"dtype and device): use model.new_cache(), got {cache!r} of another one"
         )
+
+
+def _what_keys_depend_on(config: ModelConfig) -> tuple[ModelConfig, int | None]:
+    """The config without attention's options, and the chunk length that keys are rotated within."""
+    rest = replace(config, dual_chunk=None, sparse=None, sparse_switches=SparseSwitches(), eos_token_ids=())
+    return rest, None if config.dual_chunk is None else config.dual_chunk.chunk_len

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders
 
-from .config import read_json
+from .checkpoint import read_json
 from .documents import read_text
 
 __all__ = ["StreamDecoder", "Tokenizer"]
@@ -78,11 +78,15 @@ class Tokenizer:
         if template_file.is_file():
             template = read_text(template_file)
         special = {
-            name: value["content"] if isinstance(value, Mapping) else value
+            name: _special_token(name, value, config_file)
             for name, value in config.items()
             if name.endswith("_token") and isinstance(value, (str, Mapping))
         }
         return cls(backend, chat_template=template, special_tokens=special)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: a compiled template cannot be pickled; it is compiled again when it is needed."""
+        return {name: value for name, value in vars(self).items() if name != "_template"}
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens spelled out in it become their ids.
@@ -247,13 +251,21 @@ class StreamDecoder:
 def _default_template(template: object, file: Path) -> str | None:
     """A template is a string, or a list of named ones of which "default" is used."""
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         if "default" not in named:
             raise ValueError(f"{file}: chat_template must have an entry named 'default', got {sorted(named)}")
         template = named["default"]
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{file}: chat_template must be a string or a list, got {type(template).__name__}")
     return template
+
+
+def _special_token(name: str, value: str | Mapping[str, Any], file: Path) -> str:
+    """A special token is a string, or an object that has it as its content."""
+    text = value if isinstance(value, str) else value.get("content")
+    if not isinstance(text, str):
+        raise ValueError(f"{file}: {name} must be a string, or an object with a string as its content, got {value!r}")
+    return text
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -10,8 +10,8 @@
 
 Importing this module registers the attention. It serves any model that goes through transformers' attention interface
 with head sizes 64 and 128: causal or not, sliding windows, grouped queries, left or right padding, dynamic and
-static caches. What it cannot honour (dropout, soft capping, attention sinks, packed sequences, other masks) it refuses
-by name. Under torch.compile it runs in eager mode, with the same results; fullgraph=True is refused.
+static caches. What it cannot honour (gradients, dropout, soft capping, attention sinks, packed sequences, other masks)
+it refuses by name. Under torch.compile it runs in eager mode, with the same results; fullgraph=True is refused.
 
 Dual Chunk Attention needs positions modulo the chunk length, so the model's rotary embedding gets these; queries then
 are in their intra-chunk rotation, and the other two follow from it by a further rotation of their own distance. The
@@ -22,7 +22,6 @@ through the prefill kernels: for serving, see docs/vllm.md or qwen_sparse.genera
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from . import ops, rope
+from .checkpoint import parse_json
 from .config import DualChunkConfig, SparseConfig
 
 __all__ = ["NAME", "Enabled", "attention", "attention_mask", "enable_dual_chunk", "enable_vertical_slash", "register"]
@@ -46,12 +46,21 @@ _UNSUPPORTED = {"softcap": "soft capping of logits", "s_aux": "attention sinks",
 _FEW_ROWS = 16  # up to this many rows are a decode step, which is dense
 
 
+class _Positions:
+    """Those that the rotary embedding was given in this forward pass, not yet modulo the chunk length."""
+
+    ids: Tensor
+    """``[batch or 1, n]``."""
+
+
 @dataclass(frozen=True)
 class _Settings:
     """Of one attention module."""
 
     dual_chunk: DualChunkConfig | None = None
     inv_freq: Tensor | None = None
+    positions: _Positions | None = None
+    """With ``dual_chunk``; the same object in all layers."""
     vertical_sizes: tuple[int, ...] = ()
     """By head; empty: dense."""
     slash_sizes: tuple[int, ...] = ()
@@ -131,14 +140,17 @@ def enable_dual_chunk(
                 f"got sliding_window = {module.sliding_window} in layer {module.layer_idx}"
             )
     undo = [_use(model)]
-    inv_freq = cast(Tensor, embedding.inv_freq).double()
+    inv_freq, positions = cast(Tensor, embedding.inv_freq).double(), _Positions()
     for module in modules:
-        undo.append(_set(module, replace(_settings(module), dual_chunk=dual_chunk, inv_freq=inv_freq)))
+        settings = replace(_settings(module), dual_chunk=dual_chunk, inv_freq=inv_freq, positions=positions)
+        undo.append(_set(module, settings))
 
     def positions_in_chunk(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] % dual_chunk.chunk_len}
-        return (args[0], args[1] % dual_chunk.chunk_len, *args[2:]), kwargs
+            positions.ids = kwargs["position_ids"]
+            return args, {**kwargs, "position_ids": positions.ids % dual_chunk.chunk_len}
+        positions.ids = args[1]
+        return (args[0], positions.ids % dual_chunk.chunk_len, *args[2:]), kwargs
 
     undo.append(embedding.register_forward_pre_hook(positions_in_chunk, with_kwargs=True).remove)
     return Enabled(undo)
@@ -161,11 +173,12 @@ def enable_vertical_slash(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: budgets that do not fit the model, or enabled already.
+        ValueError: budgets that do not fit the model, a threshold or number of voting rows out of range, or enabled
+            already.
     """
     modules = _attention_modules(model)
     if isinstance(budgets, str | Path):
-        budgets = json.loads(Path(budgets).read_text(encoding="utf-8"))
+        budgets = parse_json(Path(budgets))
     num_heads = _num_heads(modules[0])
     sparse = SparseConfig.from_budgets(
         budgets, num_layers=len(modules), num_heads=num_heads, threshold=threshold, last_q=last_q
@@ -271,12 +284,19 @@ def attention(
         raise NotImplementedError(f"attn_implementation 'qwen_sparse' has no dropout, got {dropout}")
     if torch.compiler.is_compiling():
         raise NotImplementedError("attn_implementation 'qwen_sparse' does not go through torch.compile")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise NotImplementedError(
+            "attn_implementation 'qwen_sparse' has no gradients, and queries, keys or values require them: run the "
+            "model under torch.no_grad() or torch.inference_mode(), or train with another attention "
+            "(model.set_attn_implementation('sdpa'))"
+        )
     if attention_mask is not None and not isinstance(attention_mask, _Mask):
         raise NotImplementedError(
             "attn_implementation 'qwen_sparse' takes two-dimensional attention masks (padding) only, "
             f"got shape {list(attention_mask.shape)}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    settings = _settings(module)
     rows = query.shape[2]
     bounds = _Bounds((), key.shape[2]) if attention_mask is None else attention_mask.bounds
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -289,9 +309,8 @@ def attention(
             continue
         q = query[number, :, begin:stop].transpose(0, 1)
         k, v = (x[number, :, first:behind].transpose(0, 1) for x in (key, value))
-        settings = _settings(module)
-        if settings.dual_chunk is not None and first > 0:
-            _check_positions(kwargs.get("position_ids"), number, begin, before + begin - first)
+        if settings.positions is not None and module.layer_idx == 0:  # they are the same in every layer
+            _check_positions(settings.positions.ids, number, begin, stop, before + begin - first)
         out[number, begin:stop] = _attend(settings, q, k, v, scaling, causal, sliding_window)
     return out, None
 
@@ -371,15 +390,15 @@ def _rotate(settings: _Settings, q: Tensor, distances: Tensor) -> Tensor:
     return ops.rotary(q, q[:, :1], distances.to(q.device), inv_freq)[0]
 
 
-def _check_positions(position_ids: Tensor | None, number: int, row: int, expected: int) -> None:
-    """A padded sequence starts at position 0, or its keys would not be rotated as the kernels take them."""
-    if position_ids is None:
-        return
-    got = int(position_ids[number if position_ids.shape[0] > 1 else 0, row])
-    if got != expected:
+def _check_positions(position_ids: Tensor, number: int, begin: int, stop: int, expected: int) -> None:
+    """Rows ``begin`` to ``stop`` stand where the kernels take them to stand: chunks begin at a sequence's first key."""
+    got = position_ids[number if position_ids.shape[0] > 1 else 0, begin:stop]
+    wanted = torch.arange(expected, expected + stop - begin, device=got.device)
+    if not torch.equal(got.long(), wanted):
+        row = int((got != wanted).nonzero()[0])
         raise NotImplementedError(
-            "Dual Chunk Attention with padding before a sequence needs position_ids that count from its first token "
-            f"(generate makes them), got {got} instead of {expected} in sequence {number}"
+            "Dual Chunk Attention needs position_ids that count from a sequence's first token (generate makes them), "
+            f"got {int(got[row])} instead of {int(wanted[row])} in sequence {number}"
         )
 
 

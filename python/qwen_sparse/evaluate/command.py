@@ -123,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.figures:
         require_matplotlib()
-    model = load_model(args.model, device=args.device, dtype=args.dtype, max_seq_len=max(args.lengths))
+    model = load_model(  # modes choose the attention
+        args.model, device=args.device, dtype=args.dtype, max_seq_len=max(args.lengths), attention="dense"
+    )
     modes = args.modes or (sparse_modes(model) if args.task == "recall" else default_modes(model))
     found = _rows(model, modes, args)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,12 @@ Which attention runs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Literal, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from .. import ops, rope
 from ..config import ModelConfig
 from ..coverage import select_by_coverage
 from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
+from ..memory import available_memory, format_bytes, kv_cache_bytes
 from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
@@ -41,13 +43,26 @@ DECODE_ROWS = 16
 
 _NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
+_SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+)
+"""Fields of a config that the shapes of weights follow from."""
+
 AttentionMode = Literal["auto", "dense", "sparse"]
 Output = Literal["all", "last", "none", "hidden"]
 
 _ops = torch.ops.qwen_sparse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerWeights:
     """One decoder layer. Matrices are ``[out, in]``; biases are None where the config has none."""
 
@@ -65,7 +80,7 @@ class LayerWeights:
     """``[hidden, intermediate]``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Qwen2Weights:
     """All weights; ``lm_head`` is the embedding itself when they are tied."""
 
@@ -84,7 +99,7 @@ class Qwen2Weights:
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Queries:
     """Rotated queries of one layer ``[n, num_heads, head_dim]``; only ``q`` while plain RoPE does."""
 
@@ -159,7 +174,7 @@ class Queries:
         return out, lse, attended
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Step:
     """What every layer of one forward pass shares. Rows are those of one sequence after the other's."""
 
@@ -184,9 +199,26 @@ class _Step:
     """float32 ``[rows, num_heads]``, where dense attention of all rows leaves its log-sum-exp."""
 
 
-@dataclass(frozen=True)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _inference(method: Callable[Concatenate[Qwen2Model, P], T]) -> Callable[Concatenate[Qwen2Model, P], T]:
+    """No gradients, and the model's own dtype where the caller has autocast on: caches and kernels take that alone."""
+
+    @wraps(method)
+    def run(self: Qwen2Model, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with torch.inference_mode(), autocast:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+@dataclass(frozen=True, eq=False)
 class Qwen2Model:
-    """A loaded model; :func:`qwen_sparse.load_model` makes one."""
+    """A loaded model; :func:`qwen_sparse.load_model` makes one. It equals itself only."""
 
     config: ModelConfig
     weights: Qwen2Weights
@@ -203,14 +235,25 @@ class Qwen2Model:
     def __post_init__(self) -> None:
         if self.attention not in ("auto", "dense", "sparse"):
             raise ValueError(f"attention must be 'auto', 'dense' or 'sparse', got {self.attention!r}")
-        if self.attention == "sparse" and self.config.sparse is None:
+        asked = self.config.sparse_switches.enabled if self.attention == "auto" else self.attention == "sparse"
+        if asked and self.config.sparse is None:
+            why = " where sparse_attention_enabled is true in config.json" if self.attention == "auto" else ""
             raise ValueError(
-                "attention 'sparse' needs budgets (sparse_attention_config.json beside the model, or "
-                "sparse_attention_config inside dual_chunk_attention_config) or a coverage; this model has none"
+                f"attention {self.attention!r} needs budgets{why} (sparse_attention_config.json beside the model, or "
+                "sparse_attention_config inside dual_chunk_attention_config) or a coverage; this model has none. "
+                "attention='dense' needs neither"
             )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ValueError(f"max_seq_len must be >= 1 or None, got {self.max_seq_len}")
         resolve_kv_cache_dtype(self.kv_cache_dtype, self.dtype)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Qwen2Model({str(self.path) if self.path else None!r}, num_layers={self.config.num_layers}, {dtype} on "
+            f"{self.device}, weights {format_bytes(self.weights.nbytes)}, kv_cache_dtype={self.kv_cache_dtype!r}, "
+            f"max_seq_len={self.max_seq_len}, attention={self.attention!r})"
+        )
 
     def with_options(
         self,
@@ -220,15 +263,24 @@ class Qwen2Model:
         config: ModelConfig | None = None,
         coverage: float | None = None,
     ) -> Qwen2Model:
-        """The same weights with another attention, cache dtype, config (its sizes must stay) or coverage.
+        """The same weights with another attention, cache dtype, config or coverage.
+
+        ``config`` may differ in what does not shape the weights: rotary embedding, Dual Chunk Attention, budgets.
 
         Example:
             >>> plain = model.with_options(config=dataclasses.replace(model.config, dual_chunk=None))
 
         Raises:
-            ValueError: an unknown value, or sparse attention without budgets and without coverage.
+            ValueError: an unknown value, a config of other sizes, or sparse attention without budgets and without
+                coverage.
         """
         config = self.config if config is None else config
+        for name in _SHAPES:
+            if getattr(config, name) != getattr(self.config, name):
+                raise ValueError(
+                    f"with_options: config.{name} must be the weights', {getattr(self.config, name)}, "
+                    f"got {getattr(config, name)}"
+                )
         return replace(
             self,
             attention=self.attention if attention is None else attention,
@@ -286,7 +338,21 @@ class Qwen2Model:
         )
 
     def new_cache(self, capacity: int = 0) -> PagedKVCache:
-        """An empty KV cache for this model with room for ``capacity`` tokens; it grows on demand."""
+        """An empty KV cache for this model with room for ``capacity`` tokens; it grows on demand.
+
+        Raises:
+            ValueError: ``capacity`` is no integer >= 0.
+            MemoryError: it takes more than the device has left.
+        """
+        if type(capacity) is not int or capacity < 0:
+            raise ValueError(f"new_cache: capacity must be an integer >= 0, got {capacity!r}")
+        storage = resolve_kv_cache_dtype(self.kv_cache_dtype, self.dtype)
+        needed, available = kv_cache_bytes(self.config, capacity, storage), available_memory(self.device)
+        if capacity and available is not None and needed > available:
+            raise MemoryError(
+                f"new_cache: a capacity of {capacity} tokens takes {format_bytes(needed)}, and "
+                f"{format_bytes(available)} are available"
+            )
         return PagedKVCache.owning(self.new_pool(0), capacity)
 
     def prefills_sparse(self, prompt_len: int) -> bool:
@@ -304,7 +370,7 @@ class Qwen2Model:
             scale *= rope.dual_chunk_temperature(seqlen, original) ** 2
         return scale
 
-    @torch.inference_mode()
+    @_inference
     def forward(
         self,
         input_ids: Tensor,
@@ -344,12 +410,12 @@ class Qwen2Model:
             return None
         return result[0] if output == "last" else result
 
-    @torch.inference_mode()
+    @_inference
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[n, vocab]`` of rows ``[n, hidden]`` behind the final norm."""
         return linear(hidden, self.weights.lm_head).float()
 
-    @torch.inference_mode()
+    @_inference
     def forward_layer(
         self, layer: int, hidden: Tensor, cache: PagedKVCache, *, prompt_len: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -370,7 +436,7 @@ class Qwen2Model:
         step = replace(self._prefill_step(num_rows, cache, prompt_len, False, stats), lse=lse)
         return self._layer(layer, hidden, num_rows, step), lse
 
-    @torch.inference_mode()
+    @_inference
     def queries(self, layer: int, hidden: Tensor, start: int, *, critical_rows: int = 0) -> Queries:
         """The queries of rows from position ``start`` on, in every rotation that attention needs.
 
@@ -386,7 +452,7 @@ class Qwen2Model:
         positions = torch.arange(start, end, device=self.device)
         return self._rotate(q, k, positions, self._beyond_chunk(end), critical_rows)[0]
 
-    @torch.inference_mode()
+    @_inference
     def decode_step(self, input_ids: Tensor, seqlens: Tensor, pool: KVPool, block_table: Tensor) -> Tensor:
         """One more token of each sequence of a batch, without the host reading anything from the device.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from ..config import read_json
+from ..checkpoint import read_json
 from ..sampling import Sampler
 from ..tokenizer import Tokenizer
 from .errors import ApiError
