@@ -177,6 +177,16 @@ def test_coverage_is_checked(coverage: float, write_checkpoint: WriteCheckpoint)
         load_model(write_checkpoint(), coverage=coverage)
 
 
+def test_dense_attention_has_no_coverage(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    with pytest.raises(
+        ValueError, match="coverage must be None with attention='dense', which is never sparse, got 0.9"
+    ):
+        load_model(directory, attention="dense", coverage=0.9)
+    with pytest.raises(ValueError, match="coverage must be None with attention='dense'"):
+        load_model(directory, attention="dense").with_options(coverage=0.9)
+
+
 def test_ceilings_are_checked() -> None:
     q, k, _ = random_qkv(4, 10, 1, 1, 64, torch.float32)
     with pytest.raises(ValueError, match="max_slash must be >= 1, got 0"):

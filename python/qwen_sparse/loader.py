@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _C
 from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
 from .config import ModelConfig, parse_dtype
-from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights
+from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights, check_coverage
 
 __all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
 
@@ -65,6 +65,7 @@ def load_model(
     """
     directory = resolve_directory(path)
     config = ModelConfig.from_directory(directory)
+    check_coverage(attention, coverage)
     if coverage is not None:
         config = config.with_coverage(coverage)
     resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)

@@ -36,7 +36,7 @@ from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
 
-__all__ = ["AttentionMode", "LayerWeights", "Output", "Queries", "Qwen2Model", "Qwen2Weights"]
+__all__ = ["AttentionMode", "LayerWeights", "Output", "Queries", "Qwen2Model", "Qwen2Weights", "check_coverage"]
 
 DECODE_ROWS = 16
 """Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
@@ -216,6 +216,12 @@ def _inference(method: Callable[Concatenate[Qwen2Model, P], T]) -> Callable[Conc
     return run
 
 
+def check_coverage(attention: AttentionMode, coverage: float | None) -> None:
+    """Raise ValueError for a coverage given with attention that is never sparse."""
+    if coverage is not None and attention == "dense":
+        raise ValueError(f"coverage must be None with attention='dense', which is never sparse, got {coverage}")
+
+
 @dataclass(frozen=True, eq=False)
 class Qwen2Model:
     """A loaded model; :func:`qwen_sparse.load_model` makes one. It equals itself only."""
@@ -271,8 +277,8 @@ class Qwen2Model:
             >>> plain = model.with_options(config=dataclasses.replace(model.config, dual_chunk=None))
 
         Raises:
-            ValueError: an unknown value, a config of other sizes, or sparse attention without budgets and without
-                coverage.
+            ValueError: an unknown value, a config of other sizes, sparse attention without budgets and without
+                coverage, or dense attention with one.
         """
         config = self.config if config is None else config
         for name in _SHAPES:
@@ -281,9 +287,11 @@ class Qwen2Model:
                     f"with_options: config.{name} must be the weights', {getattr(self.config, name)}, "
                     f"got {getattr(config, name)}"
                 )
+        attention = self.attention if attention is None else attention
+        check_coverage(attention, coverage)
         return replace(
             self,
-            attention=self.attention if attention is None else attention,
+            attention=attention,
             kv_cache_dtype=self.kv_cache_dtype if kv_cache_dtype is None else kv_cache_dtype,
             config=config if coverage is None else config.with_coverage(coverage),
         )
