@@ -179,9 +179,7 @@ def test_coverage_is_checked(coverage: float, write_checkpoint: WriteCheckpoint)
 
 def test_dense_attention_has_no_coverage(write_checkpoint: WriteCheckpoint) -> None:
     directory = write_checkpoint()
-    with pytest.raises(
-        ValueError, match="coverage must be None with attention='dense', which is never sparse, got 0.9"
-    ):
+    with pytest.raises(ValueError, match="coverage must be None with attention='dense', which is never sparse, got"):
         load_model(directory, attention="dense", coverage=0.9)
     with pytest.raises(ValueError, match="coverage must be None with attention='dense'"):
         load_model(directory, attention="dense").with_options(coverage=0.9)
