@@ -9,7 +9,7 @@ import pytest
 from ptxsim.build import build_program
 from ptxsim.fixtures import KERNELS, OUT, cutlass_include
 
-pytestmark = [pytest.mark.ptxsim, pytest.mark.slow]
+pytestmark = pytest.mark.ptxsim
 
 ENVIRONMENTS = [
     {},
