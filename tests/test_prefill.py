@@ -247,7 +247,7 @@ def test_autocast_changes_nothing(model: Qwen2Model) -> None:
 
 def test_capacity(model: Qwen2Model) -> None:
     for capacity in (-1, 1.5, "many"):
-        with pytest.raises(ValueError, match=f"capacity must be an integer >= 0, got .*{capacity}"):
+        with pytest.raises(ValueError, match=rf"capacity must be (an integer )?>= 0, got .*{capacity}"):
             model.new_cache(capacity)
     with pytest.raises(MemoryError, match=r"capacity of 1099511627776 tokens takes 1126 TB, and .* available"):
         model.new_cache(2**40)

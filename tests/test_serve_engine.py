@@ -21,9 +21,7 @@ from qwen_sparse.memory import kv_cache_bytes
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.passkey import make_prompt
 from qwen_sparse.sampling import Sampler
-from qwen_sparse.serve import batch as batch_module
 from qwen_sparse.serve import engine as engine_module
-from qwen_sparse.serve.batch import DecodeBatch
 from qwen_sparse.serve.engine import Engine, EngineOptions, RequestHandle
 from qwen_sparse.serve.requests import (
     Event,
@@ -671,40 +669,7 @@ def test_an_engine_that_never_ran() -> None:
     engine.shutdown(drain=True)
 
 
-# --- Decode steps with CUDA graphs ---
-
-
-class Replayed:
-    """In place of ``StepGraph``: its function, always the first one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.function: Callable[[], None] | None = None
-
-    def run(self, function: Callable[[], None]) -> None:
-        self.function = self.function or function
-        self.function()
-
-
-def test_padded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of changing size and members give what each sequence gets alone, through tensors that stay."""
-    monkeypatch.setattr(batch_module, "StepGraph", Replayed)
-    pool = DENSE.new_pool(13)
-    batch = DecodeBatch(DENSE, pool, max_pages=4, padding_page=12)
-    prompts = [torch.tensor(prompt(length, seed=length)) for length in (130, 300, 64)]
-    tables = [[3, 0, 7], [1, 4, 9], [2]]
-    together = [PagedKVCache(pool, table) for table in tables]
-    alone = [prefill(DENSE, tokens).cache for tokens in prompts]
-    for tokens, cache in zip(prompts, together, strict=True):
-        prefill(DENSE, tokens, cache=cache)
-    for step in range(80):
-        members = [[0, 1, 2], [1], [2, 0], [0, 1, 2]][step // 20]
-        if step == 64:
-            together[2].extend([5])
-        logits = batch.step([40 + member for member in members], [together[member] for member in members])
-        for row, member in zip(logits, members, strict=True):
-            expected_row = DENSE.forward(torch.tensor([40 + member]), alone[member])
-            torch.testing.assert_close(row, expected_row, rtol=0, atol=1e-4)
-    assert set(batch._shapes) == {1, 2, 4}
+# --- On a GPU ---
 
 
 @pytest.mark.cuda

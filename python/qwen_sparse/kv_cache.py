@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import check_integer
 from .config import PAGE_SIZE, ModelConfig
 
 __all__ = ["KVPool", "KVRotation", "LayerPages", "PagedKVCache", "Slots", "resolve_kv_cache_dtype"]
@@ -359,8 +360,7 @@ class PagedKVCache:
         Raises:
             ValueError: a negative number, or more than the pages hold of a sequence in a shared pool.
         """
-        if not isinstance(num_tokens, int) or num_tokens < 0:
-            raise ValueError(f"reserve: num_tokens must be an int >= 0, got {num_tokens!r}")
+        num_tokens = check_integer("reserve: num_tokens", num_tokens, least=0)
         num_pages, old_pages = -(-num_tokens // PAGE_SIZE), len(self._pages)
         if num_pages <= old_pages:
             return
@@ -398,11 +398,7 @@ class PagedKVCache:
             ValueError: a negative number, or more than fits the reserved pages.
         """
         free = self.capacity - self._seqlen
-        if not isinstance(num_tokens, int) or not 0 <= num_tokens <= free:
-            raise ValueError(
-                f"commit: num_tokens must be an int in [0, {free}] (reserved and not committed), got {num_tokens!r}"
-            )
-        self._seqlen += num_tokens
+        self._seqlen += check_integer("commit: num_tokens", num_tokens, least=0, most=free)
 
     def truncate(self, num_tokens: int) -> None:
         """Drop every token from position ``num_tokens`` on; their pages stay reserved.
@@ -410,9 +406,7 @@ class PagedKVCache:
         Raises:
             ValueError: a number outside [0, seqlen].
         """
-        if not isinstance(num_tokens, int) or not 0 <= num_tokens <= self._seqlen:
-            raise ValueError(f"truncate: num_tokens must be an int in [0, seqlen = {self._seqlen}], got {num_tokens!r}")
-        self._seqlen = num_tokens
+        self._seqlen = check_integer("truncate: num_tokens", num_tokens, least=0, most=self._seqlen)
 
     @torch.inference_mode()
     def workspace(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import check_integer
 from .config import PAGE_SIZE, ModelConfig, parse_dtype
 from .kv_cache import resolve_kv_cache_dtype
 from .models.linear import WIDEN_ROWS, widened_bytes, widens
@@ -132,8 +133,7 @@ def estimate_memory(
     """
     chunk_tokens = default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens
     for name, value in (("seqlen", seqlen), ("batch", batch), ("chunk_tokens", chunk_tokens)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"estimate_memory: {name} must be an integer >= 1, got {value!r}")
+        check_integer(f"estimate_memory: {name}", value, least=1)
     dtype = config.dtype if dtype is None else parse_dtype(dtype)
     storage_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
     heads, kv_heads, head_dim, item = config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, rope
+from ..arguments import check_integer
 from ..config import ModelConfig
 from ..coverage import select_by_coverage
 from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
@@ -352,8 +353,7 @@ class Qwen2Model:
             ValueError: ``capacity`` is no integer >= 0.
             MemoryError: it takes more than the device has left.
         """
-        if type(capacity) is not int or capacity < 0:
-            raise ValueError(f"new_cache: capacity must be an integer >= 0, got {capacity!r}")
+        capacity = check_integer("new_cache: capacity", capacity, least=0)
         storage = resolve_kv_cache_dtype(self.kv_cache_dtype, self.dtype)
         needed, available = kv_cache_bytes(self.config, capacity, storage), available_memory(self.device)
         if capacity and available is not None and needed > available:
