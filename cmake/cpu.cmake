@@ -9,7 +9,8 @@ set(cpu_kernel_sources
   csrc/cpu/isa/gather.cpp
   csrc/cpu/isa/quantize.cpp
   csrc/cpu/isa/rotary.cpp
-  csrc/cpu/isa/select.cpp)
+  csrc/cpu/isa/select.cpp
+  csrc/cpu/isa/select_groups.cpp)
 
 set(QWEN_SPARSE_CPU_LIBRARIES)
 set(QWEN_SPARSE_CPU_ISAS)

@@ -20,11 +20,13 @@ struct Backend {
   // Bytes of scratch memory for a call; whoever calls allocates them and sets params.workspace.
   int64_t (*attention_workspace)(const AttentionParams&);
   int64_t (*select_workspace)(const SelectParams&);
+  int64_t (*select_groups_workspace)(const SelectGroupsParams&);
   int64_t (*top_indexes_workspace)(const TopIndexesParams&);
   int64_t (*decode_workspace)(const DecodeParams&);
 
   void (*attention)(const AttentionParams&, Launch);
   void (*select_scores)(const SelectParams&, Launch);
+  void (*select_groups)(const SelectGroupsParams&, Launch);
   void (*top_indexes)(const TopIndexesParams&, Launch);
   void (*rotary)(const RotaryParams&, Launch);
   void (*store_kv)(const StoreParams&, Launch);

@@ -21,8 +21,14 @@ QWEN_SPARSE_LIBRARY(QWEN_SPARSE_OP_NAMESPACE, m) {
       " float softmax_scale) -> (Tensor out, Tensor lse, Tensor attended)");
   m.def(
       "dual_chunk_attention(Tensor q_intra, Tensor q_succ, Tensor q_inter, Tensor k, Tensor v, int chunk_len,"
-      " Tensor? vertical_indexes, Tensor? slash_indexes, float softmax_scale)"
+      " Tensor? vertical_indexes, Tensor? slash_indexes, Tensor? block_groups, float softmax_scale)"
       " -> (Tensor out, Tensor lse, Tensor attended)");
+  m.def(
+      "block_group_attention(Tensor q, Tensor k, Tensor v, Tensor block_groups, float softmax_scale)"
+      " -> (Tensor out, Tensor lse, Tensor attended)");
+  m.def(
+      "select_block_groups(Tensor q, Tensor k, Tensor thresholds, float softmax_scale, Tensor? q_succ,"
+      " Tensor? q_inter, int? chunk_len) -> (Tensor block_groups, Tensor kept)");
   m.def(
       "select_vertical_slash(Tensor q, Tensor k, int[] vertical_size, int[] slash_size, int last_q,"
       " float softmax_scale, Tensor? q_succ, Tensor? q_inter, int? chunk_len)"
@@ -64,6 +70,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("attention", TORCH_BOX(&api::attention));
   m.impl("vertical_slash_attention", TORCH_BOX(&api::vertical_slash_attention));
   m.impl("dual_chunk_attention", TORCH_BOX(&api::dual_chunk_attention));
+  m.impl("block_group_attention", TORCH_BOX(&api::block_group_attention));
+  m.impl("select_block_groups", TORCH_BOX(&api::select_block_groups));
   m.impl("select_vertical_slash", TORCH_BOX(&api::select_vertical_slash));
   m.impl("vertical_slash_scores", TORCH_BOX(&api::vertical_slash_scores));
   m.impl("top_indexes", TORCH_BOX(&api::top_indexes));

@@ -11,6 +11,8 @@ constexpr int64_t kBlockM = 64;  // rows of a vertical-slash block: part of the 
 constexpr int64_t kNumForcedColumns = 30;
 constexpr int64_t kNumForcedDistances = 100;
 constexpr int64_t kMaxLastQ = 64;       // voting rows of the selection
+constexpr int64_t kGroupKeys = 16;      // keys of a block group, and rows that are pooled: part of the definition
+constexpr int64_t kForcedGroups = 2;    // the prompt's first keys, which every block attends
 constexpr int64_t kMaxDecodeRows = 64;  // (row, head) pairs of one kv head that a decode task takes
 constexpr int64_t kNoWindow = INT64_MAX / 4;
 
@@ -31,7 +33,27 @@ struct AttentionShape {
   int64_t head_dim = 0;
 };
 
-// Prefill attention: dense, vertical-slash, dual-chunk, in any combination.
+// Which causal keys a row attends.
+enum class KeySet : int {
+  kAll,
+  kVerticalSlash,  // columns and diagonals of its head
+  kBlockGroups,    // groups of kGroupKeys keys of its head and block
+};
+
+// Blocks of kBlockM rows, by absolute position, that a call's rows lie in.
+struct RowBlocks {
+  int64_t first = 0;  // number of the first one; the last row is row seqlen_k - 1
+  int64_t count = 0;
+
+  explicit RowBlocks(const AttentionShape& shape) {
+    const int64_t past = shape.seqlen_k - shape.seqlen_q;
+    if (shape.seqlen_q == 0) return;
+    first = past / kBlockM - (past % kBlockM < 0);
+    count = (shape.seqlen_k + kBlockM - 1) / kBlockM - first;
+  }
+};
+
+// Prefill attention: dense, over one of the sparse sets, dual-chunk, in any combination.
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::kFloat32;
@@ -45,7 +67,10 @@ struct AttentionParams {
   const int32_t* slash_indexes = nullptr;     // [num_heads, num_slash], ascending, -1 padded
   int64_t num_vertical = 0;
   int64_t num_slash = 0;
-  bool sparse = false;  // false: every causal key, the indexes are not read
+  // [num_heads, RowBlocks.count, group_words]: bit i of word w stands for the keys from 16 (32 w + i) on
+  const uint32_t* block_groups = nullptr;
+  int64_t group_words = 0;
+  KeySet key_set = KeySet::kAll;  // indexes of other sets are not read
   bool causal = true;
   int64_t window = kNoWindow;  // row p attends j > p - window
   int64_t chunk_len = 0;       // 0: no dual-chunk attention
@@ -61,6 +86,21 @@ struct SelectParams {
   Rows k;                            // [seqlen_k, num_kv_heads, head_dim]
   float* vertical_scores = nullptr;  // [num_heads, seqlen_k]
   float* slash_scores = nullptr;     // [num_heads, seqlen_k], by distance
+  int64_t chunk_len = 0;
+  float softmax_scale = 1.0f;
+  void* workspace = nullptr;
+};
+
+// Which groups of keys each block of rows attends, by a threshold on what pooled rows and pooled keys estimate.
+struct SelectGroupsParams {
+  AttentionShape shape;  // seqlen_k >= seqlen_q
+  DType dtype = DType::kFloat32;
+  Rows q_intra, q_succ, q_inter;      // [seqlen_q, num_heads, head_dim]; the latter read only when chunk_len > 0
+  Rows k;                             // [seqlen_k, num_kv_heads, head_dim]
+  const float* thresholds = nullptr;  // [num_heads, RowBlocks.count], share of attention per key
+  uint32_t* block_groups = nullptr;   // [num_heads, RowBlocks.count, group_words], written whole
+  int64_t group_words = 0;
+  float* kept = nullptr;  // [num_heads, RowBlocks.count]: share of attention that the groups are estimated to hold
   int64_t chunk_len = 0;
   float softmax_scale = 1.0f;
   void* workspace = nullptr;

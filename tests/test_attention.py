@@ -187,7 +187,7 @@ def test_attended_pairs_are_counted(name: str, prefill_kernels: str) -> None:
     if name == "vertical_slash_attention":
         attended = ops._ops.vertical_slash_attention(q, k, v, columns, slashes, 0.125)[2]
     else:
-        attended = ops._ops.dual_chunk_attention(q, q, q, k, v, 192, columns, slashes, 0.125)[2]
+        attended = ops._ops.dual_chunk_attention(q, q, q, k, v, 192, columns, slashes, None, 0.125)[2]
     mask = reference.vertical_slash_mask(columns, slashes, 150, 700)
     assert attended.tolist() == mask.sum(dim=(1, 2)).tolist()
 

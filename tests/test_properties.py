@@ -107,7 +107,7 @@ def test_attended_set_is_exact(problem: Problem, isa: str) -> None:
         result = torch.ops.qwen_sparse.vertical_slash_attention(q, k, v, problem.columns, problem.slashes, scale)
     else:
         result = torch.ops.qwen_sparse.dual_chunk_attention(
-            q, q, q, k, v, problem.chunk_len, problem.columns, problem.slashes, scale
+            q, q, q, k, v, problem.chunk_len, problem.columns, problem.slashes, None, scale
         )
     out, lse, attended = result
     mask = problem.mask()

@@ -20,6 +20,8 @@ from qwen_sparse.testing import random_indexes, random_qkv
 
 q, k, v = random_qkv(70, 200, 4, 2, 64, torch.float32)
 COLUMNS, SLASHES = random_indexes(4, 200, [20]), random_indexes(4, 200, [5])
+THRESHOLDS = torch.full((4, 2), 1 / 200)
+GROUPS, _ = ops.select_block_groups(q, k, THRESHOLDS)
 POSITIONS = torch.arange(70)
 INV_FREQ = 1e4 ** (-torch.arange(0, 64, 2).double() / 64)
 PAGES = [torch.randn(3, 16, 2, 64) for _ in range(2)]
@@ -29,7 +31,9 @@ QUANTIZED = ops.quantize_kv(k, v)
 SAMPLES: dict[str, tuple[Any, ...]] = {
     "attention": (q, k, v, 0.125, True, None),
     "vertical_slash_attention": (q, k, v, COLUMNS, SLASHES, 0.125),
-    "dual_chunk_attention": (q, q, q, k, v, 64, COLUMNS, SLASHES, 0.125),
+    "dual_chunk_attention": (q, q, q, k, v, 64, COLUMNS, SLASHES, None, 0.125),
+    "block_group_attention": (q, k, v, GROUPS, 0.125),
+    "select_block_groups": (q, k, THRESHOLDS, 0.125, q, q, 64),
     "select_vertical_slash": (q, k, [5, 50, 0, 9], [9] * 4, 64, 0.125, q, q, 64),
     "vertical_slash_scores": (q, k, 64, 0.125, q, q, 64),
     "top_indexes": (torch.randn(4, 200), [5, 50, 0, 300], 9),

@@ -1,4 +1,4 @@
-// Dense, vertical-slash and dual-chunk prefill attention.
+// Prefill attention: dense or over a sparse set, plain or dual-chunk.
 #include "api/ops.h"
 
 namespace qwen_sparse::api {
@@ -38,11 +38,24 @@ void set_indexes(const char* op, AttentionParams& params, const Tensor& vertical
                  const Device& device) {
   check_indexes(op, "vertical_indexes", vertical, params.shape.num_heads, params.shape.seqlen_k, device);
   check_indexes(op, "slash_indexes", slash, params.shape.num_heads, params.shape.seqlen_k, device);
-  params.sparse = true;
+  params.key_set = KeySet::kVerticalSlash;
   params.vertical_indexes = static_cast<const int32_t*>(vertical.const_data_ptr());
   params.slash_indexes = static_cast<const int32_t*>(slash.const_data_ptr());
   params.num_vertical = vertical.size(1);
   params.num_slash = slash.size(1);
+}
+
+void set_block_groups(const char* op, AttentionParams& params, const Tensor& block_groups) {
+  const AttentionShape& shape = params.shape;
+  params.group_words = group_words(shape.seqlen_k);
+  check_shape(op, "block_groups", block_groups,
+              {{"num_heads", shape.num_heads},
+               {"num_blocks", RowBlocks(shape).count},
+               {"ceil(seqlen_k / 512)", params.group_words}});
+  check_dtype(op, "block_groups", block_groups, ScalarType::Int);
+  check(block_groups.is_contiguous(), op, "block_groups must be contiguous");
+  params.key_set = KeySet::kBlockGroups;
+  params.block_groups = static_cast<const uint32_t*>(block_groups.const_data_ptr());
 }
 
 }  // namespace
@@ -72,7 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> vertical_slash_attention(const Tensor& q, con
 std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, const Tensor& q_succ,
                                                         const Tensor& q_inter, const Tensor& k, const Tensor& v,
                                                         int64_t chunk_len, const OptionalTensor& vertical_indexes,
-                                                        const OptionalTensor& slash_indexes, double softmax_scale) {
+                                                        const OptionalTensor& slash_indexes,
+                                                        const OptionalTensor& block_groups, double softmax_scale) {
   constexpr const char* kOp = "dual_chunk_attention";
   const Device device = check_device(kOp, {{"q_intra", q_intra},
                                            {"q_succ", q_succ},
@@ -80,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
                                            {"k", k},
                                            {"v", v},
                                            {"vertical_indexes", vertical_indexes},
-                                           {"slash_indexes", slash_indexes}});
+                                           {"slash_indexes", slash_indexes},
+                                           {"block_groups", block_groups}});
   AttentionParams params = common_params(kOp, "q_intra", q_intra, k, v, softmax_scale, device);
   const AttentionShape& shape = params.shape;
   for (const auto& [name, q] : {std::pair{"q_succ", &q_succ}, std::pair{"q_inter", &q_inter}}) {
@@ -92,8 +107,21 @@ std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, c
   params.q_inter = rows_of(q_inter);
   params.chunk_len = check_chunk_len(kOp, chunk_len);
   check_together(kOp, "vertical_indexes", vertical_indexes.has_value(), "slash_indexes", slash_indexes.has_value());
+  check(!vertical_indexes.has_value() || !block_groups.has_value(), kOp,
+        "block_groups must not be given together with vertical_indexes and slash_indexes");
   if (vertical_indexes.has_value()) set_indexes(kOp, params, *vertical_indexes, *slash_indexes, device);
+  if (block_groups.has_value()) set_block_groups(kOp, params, *block_groups);
   Outputs outputs = run(device, params, q_intra);
+  return {outputs.out, outputs.lse, outputs.attended};
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_group_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const Tensor& block_groups, double softmax_scale) {
+  constexpr const char* kOp = "block_group_attention";
+  const Device device = check_device(kOp, {{"q", q}, {"k", k}, {"v", v}, {"block_groups", block_groups}});
+  AttentionParams params = common_params(kOp, "q", q, k, v, softmax_scale, device);
+  set_block_groups(kOp, params, block_groups);
+  Outputs outputs = run(device, params, q);
   return {outputs.out, outputs.lse, outputs.attended};
 }
 

@@ -145,6 +145,8 @@ int64_t check_chunk_len(const char* op, int64_t chunk_len) {
   return chunk_len;
 }
 
+int64_t group_words(int64_t seqlen_k) { return (seqlen_k + 32 * kGroupKeys - 1) / (32 * kGroupKeys); }
+
 int64_t check_window(const char* op, std::optional<int64_t> window) {
   if (!window.has_value()) return kNoWindow;
   check(*window > 0, op, "window must be positive or None, got ", *window);

@@ -55,6 +55,8 @@ void check_together(const char* op, const char* first_name, bool first, const ch
 // q [seqlen_q, num_heads, head_dim] and k, v [seqlen_k, num_kv_heads, head_dim] of one attention call.
 AttentionShape check_qkv(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor* v);
 int64_t check_chunk_len(const char* op, int64_t chunk_len);
+// Words of a bitmap with one bit per block group of seqlen_k keys.
+int64_t group_words(int64_t seqlen_k);
 int64_t check_window(const char* op, std::optional<int64_t> window);
 float check_softmax_scale(const char* op, double softmax_scale);
 // Strictly increasing indexes in [0, seqlen_k), then -1.

@@ -22,7 +22,16 @@ std::tuple<Tensor, Tensor, Tensor> vertical_slash_attention(const Tensor& q, con
 std::tuple<Tensor, Tensor, Tensor> dual_chunk_attention(const Tensor& q_intra, const Tensor& q_succ,
                                                         const Tensor& q_inter, const Tensor& k, const Tensor& v,
                                                         int64_t chunk_len, const OptionalTensor& vertical_indexes,
-                                                        const OptionalTensor& slash_indexes, double softmax_scale);
+                                                        const OptionalTensor& slash_indexes,
+                                                        const OptionalTensor& block_groups, double softmax_scale);
+
+std::tuple<Tensor, Tensor, Tensor> block_group_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const Tensor& block_groups, double softmax_scale);
+
+// (block_groups, kept)
+std::tuple<Tensor, Tensor> select_block_groups(const Tensor& q, const Tensor& k, const Tensor& thresholds,
+                                               double softmax_scale, const OptionalTensor& q_succ,
+                                               const OptionalTensor& q_inter, std::optional<int64_t> chunk_len);
 
 std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& k,
                                                  const std::vector<int64_t>& vertical_size,

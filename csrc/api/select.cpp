@@ -1,4 +1,4 @@
-// Selection of vertical and slash indexes: scores by the kernel, then top-k.
+// Selection: of vertical and slash indexes, scores by the kernel and then top-k; of block groups, in the kernel.
 #include <algorithm>
 
 #include "api/ops.h"
@@ -113,6 +113,51 @@ std::tuple<Tensor, Tensor> select_vertical_slash(const Tensor& q, const Tensor& 
   const Scores scores = score(kOp, device, q, k, last_q, softmax_scale, q_succ, q_inter, chunk_len);
   return {top_indexes(scores.vertical, vertical_size, kNumForcedColumns),
           top_indexes(scores.slash, slash_size, kNumForcedDistances)};
+}
+
+std::tuple<Tensor, Tensor> select_block_groups(const Tensor& q, const Tensor& k, const Tensor& thresholds,
+                                               double softmax_scale, const OptionalTensor& q_succ,
+                                               const OptionalTensor& q_inter, std::optional<int64_t> chunk_len) {
+  constexpr const char* kOp = "select_block_groups";
+  const Device device =
+      check_device(kOp, {{"q", q}, {"k", k}, {"thresholds", thresholds}, {"q_succ", q_succ}, {"q_inter", q_inter}});
+  SelectGroupsParams params;
+  params.shape = check_qkv(kOp, "q", q, k, nullptr);
+  const AttentionShape& shape = params.shape;
+  check(shape.seqlen_k >= shape.seqlen_q, kOp, "k must have at least as many rows as q (", shape.seqlen_q, "), got ",
+        shape.seqlen_k);
+  check_together(kOp, "q_succ", q_succ.has_value(), "chunk_len", chunk_len.has_value());
+  check_together(kOp, "q_inter", q_inter.has_value(), "chunk_len", chunk_len.has_value());
+  params.dtype = check_attention_dtype(kOp, "q", q, device);
+  params.q_intra = rows_of(q);
+  params.k = rows_of(k);
+  params.softmax_scale = check_softmax_scale(kOp, softmax_scale);
+  if (chunk_len.has_value()) {
+    params.chunk_len = check_chunk_len(kOp, *chunk_len);
+    for (const auto& [name, rotated] : {std::pair{"q_succ", &*q_succ}, std::pair{"q_inter", &*q_inter}}) {
+      check_shape(kOp, name, *rotated,
+                  {{"seqlen_q", shape.seqlen_q}, {"num_heads", shape.num_heads}, {"head_dim", shape.head_dim}});
+      check_dtype(kOp, name, *rotated, q.scalar_type());
+    }
+    params.q_succ = rows_of(*q_succ);
+    params.q_inter = rows_of(*q_inter);
+  }
+  const int64_t num_blocks = RowBlocks(shape).count;
+  check_shape(kOp, "thresholds", thresholds, {{"num_heads", shape.num_heads}, {"num_blocks", num_blocks}});
+  check_dtype(kOp, "thresholds", thresholds, ScalarType::Float);
+  check(thresholds.is_contiguous(), kOp, "thresholds must be contiguous");
+  params.thresholds = static_cast<const float*>(thresholds.const_data_ptr());
+  params.group_words = group_words(shape.seqlen_k);
+
+  Tensor block_groups = empty(q, {shape.num_heads, num_blocks, params.group_words}, ScalarType::Int);
+  Tensor kept = empty(q, {shape.num_heads, num_blocks}, ScalarType::Float);
+  if (num_blocks == 0) return {block_groups, kept};
+  params.block_groups = static_cast<uint32_t*>(block_groups.mutable_data_ptr());
+  params.kept = static_cast<float*>(kept.mutable_data_ptr());
+  Workspace workspace(q, device.backend().select_groups_workspace(params));
+  workspace.attach(params);
+  device.backend().select_groups(params, device.launch());
+  return {block_groups, kept};
 }
 
 }  // namespace qwen_sparse::api

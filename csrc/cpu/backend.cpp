@@ -13,6 +13,12 @@ int64_t select_workspace(const SelectParams& p) {
   return p.shape.num_heads * (num_splits + 1) * kSelectPartials * static_cast<int64_t>(sizeof(float));
 }
 
+// The pooled keys.
+int64_t select_groups_workspace(const SelectGroupsParams& p) {
+  const int64_t num_groups = (p.shape.seqlen_k + kGroupKeys - 1) / kGroupKeys;
+  return p.shape.num_kv_heads * num_groups * p.shape.head_dim * (p.dtype == DType::kFloat32 ? 4 : 2);
+}
+
 int64_t decode_workspace(const DecodeParams& p) {
   return DecodePlan(p).workspace_size() * static_cast<int64_t>(sizeof(float));
 }
@@ -23,7 +29,7 @@ int64_t no_workspace(const Params&) {
 }
 
 void attention(const AttentionParams& p, Launch) {
-  if (!p.sparse) return kernels().attention(p, nullptr);
+  if (p.key_set != KeySet::kVerticalSlash) return kernels().attention(p, nullptr);
   const HeadIndexes heads(p);
   kernels().attention(p, heads.views());
 }
@@ -35,10 +41,12 @@ const Backend& backend() {
       /*float32_attention=*/true,
       no_workspace<AttentionParams>,
       select_workspace,
+      select_groups_workspace,
       no_workspace<TopIndexesParams>,
       decode_workspace,
       attention,
       [](const SelectParams& p, Launch) { kernels().select_scores(p); },
+      [](const SelectGroupsParams& p, Launch) { kernels().select_groups(p); },
       [](const TopIndexesParams& p, Launch) { top_indexes(p); },
       [](const RotaryParams& p, Launch) { kernels().rotary(p); },
       [](const StoreParams& p, Launch) { kernels().store_kv(p); },

@@ -6,17 +6,18 @@
 
 namespace qwen_sparse::cpu {
 
-#define QWEN_SPARSE_DECLARE_ISA(isa)                                                    \
-  namespace isa {                                                                       \
-  void attention(const AttentionParams&, const HeadIndexView*);                         \
-  void select_scores(const SelectParams&);                                              \
-  void rotary(const RotaryParams&);                                                     \
-  void store_kv(const StoreParams&);                                                    \
-  void dequantize_kv(const DequantizeParams&);                                          \
-  void gather_kv(const GatherParams&);                                                  \
-  void decode_attention(const DecodeParams&);                                           \
-  constexpr Kernels kKernels{#isa,     attention,     select_scores, rotary,            \
-                             store_kv, dequantize_kv, gather_kv,     decode_attention}; \
+#define QWEN_SPARSE_DECLARE_ISA(isa)                                                          \
+  namespace isa {                                                                             \
+  void attention(const AttentionParams&, const HeadIndexView*);                               \
+  void select_scores(const SelectParams&);                                                    \
+  void select_groups(const SelectGroupsParams&);                                              \
+  void rotary(const RotaryParams&);                                                           \
+  void store_kv(const StoreParams&);                                                          \
+  void dequantize_kv(const DequantizeParams&);                                                \
+  void gather_kv(const GatherParams&);                                                        \
+  void decode_attention(const DecodeParams&);                                                 \
+  constexpr Kernels kKernels{#isa,     attention,     select_scores, select_groups,   rotary, \
+                             store_kv, dequantize_kv, gather_kv,     decode_attention};       \
   }
 
 QWEN_SPARSE_DECLARE_ISA(baseline)

@@ -11,8 +11,9 @@ namespace qwen_sparse::cpu {
 
 struct Kernels {
   const char* isa;
-  void (*attention)(const AttentionParams&, const HeadIndexView* heads);  // heads: null when dense
+  void (*attention)(const AttentionParams&, const HeadIndexView* heads);  // heads: null unless vertical-slash
   void (*select_scores)(const SelectParams&);
+  void (*select_groups)(const SelectGroupsParams&);
   void (*rotary)(const RotaryParams&);
   void (*store_kv)(const StoreParams&);
   void (*dequantize_kv)(const DequantizeParams&);

@@ -17,7 +17,7 @@ struct Scratch {
 
   explicit Scratch(const AttentionParams& p) {
     Arena arena(p.workspace);
-    if (p.sparse) indexes = HeadIndexes(p, arena);
+    if (p.key_set == KeySet::kVerticalSlash) indexes = HeadIndexes(p, arena);
     next_tile = arena.take<int32_t>(1);
     bytes = arena.used();
   }
@@ -44,7 +44,7 @@ void attention(const AttentionParams& p, Launch launch) {
   }
   const DeviceGuard guard(launch.device);
   const Scratch scratch(p);
-  if (p.sparse) build_head_indexes(p, scratch.indexes, launch.stream);
+  if (p.key_set == KeySet::kVerticalSlash) build_head_indexes(p, scratch.indexes, launch.stream);
   const float scale = std::max(std::abs(p.softmax_scale) * kLog2E, 1e-30f);
   const auto window = static_cast<int32_t>(std::min<int64_t>(p.window, INT32_MAX / 2));
   const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, window, scratch.indexes, RowTiles(p)};

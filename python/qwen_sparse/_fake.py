@@ -77,9 +77,31 @@ def _dual_chunk_attention(
     chunk_len: int,
     vertical_indexes: Tensor | None,
     slash_indexes: Tensor | None,
+    block_groups: Tensor | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (*_attention_outputs(q_intra), q_intra.new_empty(q_intra.shape[1], dtype=torch.int64))
+
+
+@_fake("block_group_attention")
+def _block_group_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_groups: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_attention_outputs(q), q.new_empty(q.shape[1], dtype=torch.int64))
+
+
+@_fake("select_block_groups")
+def _select_block_groups(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    softmax_scale: float,
+    q_succ: Tensor | None,
+    q_inter: Tensor | None,
+    chunk_len: int | None,
+) -> tuple[Tensor, Tensor]:
+    words = (k.shape[0] + 511) // 512
+    return q.new_empty((*thresholds.shape, words), dtype=torch.int32), torch.empty_like(thresholds)
 
 
 @_fake("select_vertical_slash")

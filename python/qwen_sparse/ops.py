@@ -1,4 +1,4 @@
-"""Tensor ops: dense, vertical-slash and dual-chunk attention, index selection, rotary embedding, int8 KV cache.
+"""Tensor ops: dense, sparse and dual-chunk attention, index selection, rotary embedding, int8 KV cache.
 
 Layout is NHD, ``[seqlen, num_heads, head_dim]``, everywhere; ``head_dim`` is 64 or 128; ``bfloat16``, ``float16``
 and ``float32`` are supported. Grouped-query attention reads kv head ``h // (num_heads / num_kv_heads)`` for query
@@ -26,12 +26,15 @@ from . import _fake as _fake  # and their shape functions
 __all__ = [
     "DualChunkRotary",
     "attention",
+    "block_group_attention",
     "decode_attention",
     "dequantize_kv",
     "dual_chunk_attention",
     "gather_kv",
     "quantize_kv",
     "rotary",
+    "row_blocks",
+    "select_block_groups",
     "select_vertical_slash",
     "store_kv",
     "vertical_slash_attention",
@@ -159,6 +162,45 @@ def vertical_slash_attention(
     return (out, lse) if return_lse else out
 
 
+def row_blocks(seqlen_q: int, seqlen_k: int) -> int:
+    """Number of blocks of 64 rows, by absolute position, that ``seqlen_q`` rows lie in, ending with the last key."""
+    return 0 if seqlen_q == 0 else -(-seqlen_k // 64) - (seqlen_k - seqlen_q) // 64
+
+
+def block_group_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_groups: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention over groups of 16 keys, chosen for each head and block of 64 rows.
+
+    Row p attends key j iff j <= p and the bit of group j // 16 is set in the words of its head and of row block
+    p // 64. Bits of keys after a row, or past the last key, count nothing.
+
+    Args:
+        q: ``[seqlen_q, num_heads, head_dim]``.
+        k: ``[seqlen_k, num_kv_heads, head_dim]``.
+        v: shaped like ``k``.
+        block_groups: int32 ``[num_heads, num_blocks, ceil(seqlen_k / 512)]``, as :func:`select_block_groups` returns
+            them: bit i of word w stands for the keys ``16 (32 w + i) ... + 15``; ``num_blocks`` is
+            :func:`row_blocks`, and the first block is that of the first row.
+        softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
+        return_lse: also return the log-sum-exp over the attended keys.
+
+    Returns:
+        ``out`` like ``q``, or ``(out, lse)``. A row that attends no key gets 0 and -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride rule is broken.
+    """
+    out, lse, _ = _call(_ops.block_group_attention, q, k, v, block_groups, _scale(softmax_scale, q.shape[-1]))
+    return (out, lse) if return_lse else out
+
+
 def dual_chunk_attention(
     q_intra: Tensor,
     q_succ: Tensor,
@@ -169,14 +211,15 @@ def dual_chunk_attention(
     chunk_len: int,
     vertical_indexes: Tensor | None = None,
     slash_indexes: Tensor | None = None,
+    block_groups: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dual Chunk Attention (arXiv 2402.17463): one pass over inter-, successive- and intra-chunk keys, one softmax.
 
     A row in chunk n meets keys of its own chunk with ``q_intra`` (causally), of chunk n - 1 with ``q_succ`` and of
-    all earlier ones with ``q_inter``. Dense when no indexes are given, else over the vertical-slash set, which is
-    the same set as without DCA: columns and distances are absolute.
+    all earlier ones with ``q_inter``. Dense when no indexes are given, else over the vertical-slash set or the block
+    groups, which are the same sets as without DCA: columns, distances and groups are absolute.
 
     Args:
         q_intra, q_succ, q_inter: ``[seqlen_q, num_heads, head_dim]``, the rotations that :func:`rotary` returns.
@@ -184,6 +227,7 @@ def dual_chunk_attention(
         v: shaped like ``k``.
         chunk_len: chunk_size - local_size; a multiple of 64.
         vertical_indexes, slash_indexes: as in :func:`vertical_slash_attention`; both or neither.
+        block_groups: as in :func:`block_group_attention`; not together with indexes.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None. The temperature of prompts longer than
             the training length goes here, squared (``qwen_sparse.rope.dual_chunk_temperature``).
         return_lse: also return the log-sum-exp.
@@ -204,6 +248,7 @@ def dual_chunk_attention(
         chunk_len,
         vertical_indexes,
         slash_indexes,
+        block_groups,
         _scale(softmax_scale, q_intra.shape[-1]),
     )
     return (out, lse) if return_lse else out
@@ -300,6 +345,47 @@ def vertical_slash_scores(
         _ops.vertical_slash_scores, q, k, last_q, _scale(softmax_scale, q.shape[-1]), q_succ, q_inter, chunk_len
     )
     return vertical, slash
+
+
+def select_block_groups(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    q_succ: Tensor | None = None,
+    q_inter: Tensor | None = None,
+    chunk_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the groups of 16 keys that each head and block of 64 rows attends, by what pooled rows and keys estimate.
+
+    Rows and keys are averaged over each 16 positions (by absolute position, rounded to their dtype). A softmax over the
+    pooled keys up to its own gives the weights of each pooled row; their mean over the (up to four) pooled rows of a
+    block is the share of the block's attention that a group is estimated to hold. A block attends a group iff that
+    share is at least ``16 * threshold``; and always the prompt's first 32 keys, its own and those of the block before.
+    Costs 0.2 % of dense attention.
+
+    Args:
+        q: ``[seqlen_q, num_heads, head_dim]``; under DCA the intra-chunk rotation.
+        k: ``[seqlen_k, num_kv_heads, head_dim]``, with ``seqlen_k >= seqlen_q``.
+        thresholds: float32 ``[num_heads, num_blocks]``, ``num_blocks`` being :func:`row_blocks`: least share per key
+            of a group that is attended; 0 for every causal group (dense).
+        softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
+        q_succ, q_inter: like ``q``, the other rotations under DCA.
+        chunk_len: DCA chunk length; given together with ``q_succ`` and ``q_inter``.
+
+    Returns:
+        ``(block_groups, kept)``: the bitmap that :func:`block_group_attention` takes, int32
+        ``[num_heads, num_blocks, ceil(seqlen_k / 512)]``, and the share of attention that the chosen groups are
+        estimated to hold, float32 ``[num_heads, num_blocks]``. A block whose shares are not numbers attends all.
+
+    Raises:
+        ValueError: a shape or dtype rule is broken, or DCA arguments are incomplete.
+    """
+    block_groups, kept = _call(
+        _ops.select_block_groups, q, k, thresholds, _scale(softmax_scale, q.shape[-1]), q_succ, q_inter, chunk_len
+    )
+    return block_groups, kept
 
 
 def rotary(

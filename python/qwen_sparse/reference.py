@@ -20,11 +20,15 @@ from .ops import DualChunkRotary
 
 __all__ = [
     "attention",
+    "block_group_attention",
+    "block_group_mask",
+    "block_group_shares",
     "decode_attention",
     "dequantize_kv",
     "dual_chunk_attention",
     "quantize_kv",
     "rotary",
+    "select_block_groups",
     "select_vertical_slash",
     "store_kv",
     "vertical_slash_attention",
@@ -32,6 +36,8 @@ __all__ = [
 ]
 
 BLOCK_M = 64
+GROUP_KEYS = 16
+NUM_FORCED_GROUPS = 2
 NUM_FORCED_COLUMNS = 30
 NUM_FORCED_DISTANCES = 100
 
@@ -128,6 +134,36 @@ def vertical_slash_attention(
     return (out, lse) if return_lse else out
 
 
+def block_group_mask(block_groups: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """The attended set ``[num_heads, seqlen_q, seqlen_k]`` (bool) of a bitmap of block groups.
+
+    Row p attends key j iff j <= p and bit g % 32 of word g // 32 is set for g = j // 16, in the words of row block
+    p // 64 (the first one given is that of the first row).
+    """
+    p, j = _positions(seqlen_q, seqlen_k)
+    group = j[0] // GROUP_KEYS
+    attended = (block_groups[:, :, group // 32] >> (group % 32)) & 1
+    blocks = p[:, 0] // BLOCK_M
+    return attended.bool()[:, blocks - blocks[:1]] & (j <= p)
+
+
+def block_group_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_groups: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over :func:`block_group_mask`."""
+    attended = block_group_mask(block_groups, q.shape[0], k.shape[0])
+    scores = _scores(q.to(compute_dtype), k.to(compute_dtype)) * _scale(softmax_scale, q.shape[2])
+    out, lse = _softmax_times_v(scores.masked_fill(~attended, -math.inf), v.to(compute_dtype), q.dtype)
+    return (out, lse) if return_lse else out
+
+
 def _dual_chunk_scores(q_intra: Tensor, q_succ: Tensor, q_inter: Tensor, k: Tensor, chunk_len: int) -> Tensor:
     """Unscaled scores ``[num_heads, seqlen_q, seqlen_k]``: the key's chunk picks the query's rotation."""
     p, j = _positions(q_intra.shape[0], k.shape[0])
@@ -149,14 +185,17 @@ def dual_chunk_attention(
     chunk_len: int,
     vertical_indexes: Tensor | None = None,
     slash_indexes: Tensor | None = None,
+    block_groups: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One softmax over the intra-, successive- and inter-chunk keys, dense or over the vertical-slash set."""
+    """One softmax over the intra-, successive- and inter-chunk keys, dense or over a sparse set."""
     p, j = _positions(q_intra.shape[0], k.shape[0])
     if vertical_indexes is not None and slash_indexes is not None:
         attended = vertical_slash_mask(vertical_indexes, slash_indexes, q_intra.shape[0], k.shape[0])
+    elif block_groups is not None:
+        attended = block_group_mask(block_groups, q_intra.shape[0], k.shape[0])
     else:
         attended = j <= p
     scores = _dual_chunk_scores(
@@ -247,6 +286,89 @@ def select_vertical_slash(
         _top_indexes(vertical, NUM_FORCED_COLUMNS, per_head(vertical_size)),
         _top_indexes(slash, NUM_FORCED_DISTANCES, per_head(slash_size)),
     )
+
+
+def _pooled(x: Tensor, first: int) -> Tensor:
+    """Means over the rows of each 16 absolute positions, ``[groups, heads, head_dim]``, rounded to x's dtype.
+
+    ``first``: position of the first row, whose group comes first.
+    """
+    group = (first + torch.arange(x.shape[0])) // GROUP_KEYS
+    group -= group[:1].clone()
+    sums = torch.zeros(int(group[-1]) + 1, *x.shape[1:], dtype=torch.float64).index_add(0, group, x.double())
+    return (sums / group.bincount().view(-1, 1, 1)).to(x.dtype)
+
+
+def block_group_shares(
+    q: Tensor,
+    k: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    q_succ: Tensor | None = None,
+    q_inter: Tensor | None = None,
+    chunk_len: int | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What share of a block's attention each group of 16 keys is estimated to hold, ``[num_heads, blocks, groups]``.
+
+    Keys, and rows in each rotation, are averaged over 16 positions and rounded to their dtype. One softmax per pooled
+    row over the pooled keys up to its own position's, and the mean of the pooled rows of a block (those of which the
+    call has rows).
+    """
+    past = k.shape[0] - q.shape[0]
+    pooled_k = _pooled(k, 0).to(compute_dtype)
+    pooled = [_pooled(x, past).to(compute_dtype) for x in (q, q_succ, q_inter) if x is not None]
+    p = (torch.arange(pooled[0].shape[0]) + past // GROUP_KEYS)[:, None]
+    g = torch.arange(pooled_k.shape[0])[None]
+    if chunk_len is not None:
+        chunks_back = p * GROUP_KEYS // chunk_len - g * GROUP_KEYS // chunk_len
+        intra, succ, inter = (_scores(x, pooled_k) for x in pooled)
+        scores = torch.where(chunks_back <= 0, intra, torch.where(chunks_back == 1, succ, inter))
+    else:
+        scores = _scores(pooled[0], pooled_k)
+    scores = scores * _scale(softmax_scale, k.shape[2])
+    weights = scores.masked_fill(g > p, -math.inf).softmax(-1)
+    block = p[:, 0] * GROUP_KEYS // BLOCK_M
+    block -= block[:1].clone()
+    sums = torch.zeros(q.shape[1], int(block[-1]) + 1, g.shape[1], dtype=weights.dtype).index_add(1, block, weights)
+    return sums / block.bincount()[:, None]
+
+
+def select_block_groups(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    q_succ: Tensor | None = None,
+    q_inter: Tensor | None = None,
+    chunk_len: int | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """A block attends the groups that hold at least ``threshold`` per key, those of the prompt's first 32 keys, its own
+    and those of the block before; and of every group only what is not after it."""
+    if q.shape[0] == 0:
+        return torch.zeros(*thresholds.shape, -(-k.shape[0] // 512), dtype=torch.int32), torch.zeros_like(thresholds)
+    shares = block_group_shares(
+        q,
+        k,
+        softmax_scale=softmax_scale,
+        q_succ=q_succ,
+        q_inter=q_inter,
+        chunk_len=chunk_len,
+        compute_dtype=compute_dtype,
+    )
+    num_blocks, num_groups = shares.shape[1:]
+    first = (k.shape[0] - q.shape[0]) // BLOCK_M
+    own = (torch.arange(num_blocks)[:, None] + first) * (BLOCK_M // GROUP_KEYS)
+    g = torch.arange(num_groups)[None]
+    attended = ~(shares < GROUP_KEYS * thresholds[:, :, None])  # what is not a number is attended
+    attended |= (g < NUM_FORCED_GROUPS) | (g >= own - BLOCK_M // GROUP_KEYS)
+    attended &= g < own + BLOCK_M // GROUP_KEYS
+    kept = (shares * attended).sum(-1).float()
+    bits = torch.nn.functional.pad(attended, (0, -num_groups % 32)).unflatten(-1, (-1, 32)).long()
+    words = (bits << torch.arange(32)).sum(-1)
+    return words.to(torch.int32), kept
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, attention_factor: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-// Prefill attention: dense, vertical-slash and dual-chunk, in one pass with one online softmax.
+// Prefill attention: dense, vertical-slash, block groups, dual-chunk, in one pass with one online softmax.
 //
 // A task is a block of 64 rows (aligned to 64 absolute positions) of one head, or, when all heads of a kv group see
 // the same keys (dense), of several heads of the group, so that they share the staged tiles. Under dual-chunk
@@ -15,24 +15,49 @@ namespace {
 
 constexpr int64_t kMaxHeadsPerTask = 8;  // bounds the scratch of a task: 8 heads x 64 rows x (Q + O) = 512 KiB at 128
 
-// The keys of one tile: first those in slash runs (or all, when dense), then vertical columns.
+// The keys of one tile: first those read in place (all of them, those of slash runs or of groups), then columns.
 struct KeyTile {
-  int64_t count, num_in_runs;
+  int64_t count, num_in_place;
   int32_t positions[kTileKeys];
   int32_t ranks[kTileKeys];  // of the columns: which of the head's columns
 };
 
-// Walks the keys in [lo, hi) that a block attends, up to kTileKeys at a time: slash runs first, then the vertical
-// columns that no run covers. Without an index: every key.
+// Walks the keys in [lo, hi) that a block attends, up to kTileKeys at a time. With an index: slash runs first, then the
+// vertical columns that no run covers; with a bitmap of groups: their keys; without both: every key.
 class KeyTiles {
  public:
-  KeyTiles(const HeadIndexView* index, int64_t block_start, int64_t lo, int64_t hi)
-      : index_(index), block_start_(block_start), lo_(lo), hi_(hi), next_key_(lo) {
+  KeyTiles(const HeadIndexView* index, const uint32_t* groups, int64_t block_start, int64_t lo, int64_t hi)
+      : index_(index), groups_(groups), block_start_(block_start), lo_(lo), hi_(hi), next_key_(lo) {
     if (index != nullptr) column_ = first_column_from(lo);
   }
 
   // Fills the tile's positions (and the columns' ranks) with the next keys; false at the end.
-  bool next(KeyTile& tile) {
+  bool next(KeyTile& tile) { return groups_ == nullptr ? next_of_index(tile) : next_of_groups(tile); }
+
+ private:
+  bool next_of_groups(KeyTile& tile) {
+    int64_t count = 0;
+    while (count + kGroupKeys <= kTileKeys && find_group()) {
+      const int64_t end = min(hi_, (next_key_ / kGroupKeys + 1) * kGroupKeys);
+      for (; next_key_ < end; ++next_key_) tile.positions[count++] = static_cast<int32_t>(next_key_);
+    }
+    tile.count = tile.num_in_place = count;
+    return count > 0;
+  }
+
+  // Moves next_key_ on to a key of an attended group; false if there is none before hi_.
+  bool find_group() {
+    while (next_key_ < hi_) {
+      const int64_t group = next_key_ / kGroupKeys;
+      const uint32_t bits = groups_[group / 32] >> (group % 32);
+      if ((bits & 1) != 0) return true;
+      const int64_t skipped = bits == 0 ? 32 - group % 32 : __builtin_ctz(bits);
+      next_key_ = (group + skipped) * kGroupKeys;
+    }
+    return false;
+  }
+
+  bool next_of_index(KeyTile& tile) {
     int64_t count = 0;
     while (count < kTileKeys && run_ < num_runs()) {
       int64_t begin = lo_, end = hi_;
@@ -47,7 +72,7 @@ class KeyTiles {
       next_key_ = max(next_key_, begin + taken);
       if (begin + taken >= end) ++run_;
     }
-    tile.num_in_runs = count;
+    tile.num_in_place = count;
     if (index_ != nullptr) {
       for (; count < kTileKeys && column_ < index_->num_columns && index_->columns[column_] < hi_; ++column_) {
         const int32_t column = index_->columns[column_];
@@ -60,7 +85,6 @@ class KeyTiles {
     return count > 0;
   }
 
- private:
   int64_t num_runs() const { return index_ == nullptr ? 1 : index_->num_runs; }
 
   bool is_covered(int64_t column) const {
@@ -82,6 +106,7 @@ class KeyTiles {
   }
 
   const HeadIndexView* index_;
+  const uint32_t* groups_;
   int64_t block_start_, lo_, hi_;
   int64_t run_ = 0, next_key_, column_ = 0;
 };
@@ -97,13 +122,11 @@ class PrefillAttention {
         heads_(heads),
         past_(params.shape.seqlen_k - params.shape.seqlen_q),
         group_size_(params.shape.num_heads / params.shape.num_kv_heads),
-        heads_per_task_(heads == nullptr ? min(group_size_, kMaxHeadsPerTask) : 1),
+        heads_per_task_(params.key_set == KeySet::kAll ? min(group_size_, kMaxHeadsPerTask) : 1),
         tasks_per_group_(ceil_div(group_size_, heads_per_task_)),
-        first_block_(floor_div(past_, kBlockM)),
-        num_blocks_(params.shape.seqlen_q == 0 ? 0 : floor_div(params.shape.seqlen_k - 1, kBlockM) - first_block_ + 1) {
-  }
+        blocks_(params.shape) {}
 
-  int64_t num_tasks() const { return num_blocks_ * p_.shape.num_kv_heads * tasks_per_group_; }
+  int64_t num_tasks() const { return blocks_.count * p_.shape.num_kv_heads * tasks_per_group_; }
 
   int64_t scratch_bytes() const {
     Arena arena(nullptr);
@@ -114,7 +137,7 @@ class PrefillAttention {
   // Blocks in descending order: under a causal mask the longest come first.
   void run_task(int64_t task, std::byte* memory) const {
     const int64_t tasks_per_block = p_.shape.num_kv_heads * tasks_per_group_;
-    const int64_t block = first_block_ + num_blocks_ - 1 - task / tasks_per_block;
+    const int64_t block = blocks_.first + blocks_.count - 1 - task / tasks_per_block;
     const int64_t kv_head = task % tasks_per_block / tasks_per_group_;
     const int64_t first_in_group = task % tasks_per_group_ * heads_per_task_;
     const int64_t first_head = kv_head * group_size_ + first_in_group;
@@ -189,7 +212,7 @@ class PrefillAttention {
   int64_t run_stage(const Block& block, const Rows& q, int64_t lo, int64_t hi, const Scratch& scratch) const {
     if (lo >= hi) return 0;
     const HeadIndexView* index = heads_ == nullptr ? nullptr : heads_ + block.first_head;
-    KeyTiles tiles(index, block.start, lo, hi);
+    KeyTiles tiles(index, groups_of(block), block.start, lo, hi);
     KeyTile& tile = *scratch.tile;
     const int64_t vecs = ceil_div(block.rows(), kLanes);
     bool staged = false;
@@ -209,6 +232,12 @@ class PrefillAttention {
     return attended;
   }
 
+  const uint32_t* groups_of(const Block& block) const {
+    if (p_.key_set != KeySet::kBlockGroups) return nullptr;
+    const int64_t number = floor_div(block.start, kBlockM) - blocks_.first;
+    return p_.block_groups + (block.first_head * blocks_.count + number) * p_.group_words;
+  }
+
   void stage_queries(const Block& block, const Rows& q, const Scratch& scratch) const {
     for (int64_t h = 0; h < block.num_heads; ++h) {
       const T* first =
@@ -224,8 +253,8 @@ class PrefillAttention {
     const T* k = static_cast<const T*>(p_.k.data) + block.kv_head * p_.k.head_stride;
     const T* v = static_cast<const T*>(p_.v.data) + block.kv_head * p_.v.head_stride;
     const auto row_of = [&](int64_t i, const T* head, int64_t stride, const void* columns) {
-      return i < tile.num_in_runs ? head + tile.positions[i] * stride
-                                  : static_cast<const T*>(columns) + tile.ranks[i] * kHeadDim;
+      return i < tile.num_in_place ? head + tile.positions[i] * stride
+                                   : static_cast<const T*>(columns) + tile.ranks[i] * kHeadDim;
     };
     if (tile.count % 2 != 0) tile.positions[tile.count] = INT32_MAX;
     const int64_t count = tile.count + tile.count % 2;
@@ -269,8 +298,9 @@ class PrefillAttention {
   }
 
   const AttentionParams& p_;
-  const HeadIndexView* heads_;  // null: dense
-  int64_t past_, group_size_, heads_per_task_, tasks_per_group_, first_block_, num_blocks_;
+  const HeadIndexView* heads_;  // null unless vertical-slash
+  int64_t past_, group_size_, heads_per_task_, tasks_per_group_;
+  RowBlocks blocks_;
 };
 
 template <typename T, int kHeadDim>

@@ -38,7 +38,7 @@ class KeyTiles {
     for (int i = 0; i <= kNumStages; ++i) {
       borders_[i] = static_cast<int32_t>(max(int64_t{0}, min(borders[i], limit)));
     }
-    if (p.sparse) {
+    if (p.key_set == KeySet::kVerticalSlash) {
       runs_ = args.indexes.runs + rows.head * p.num_slash;
       columns_ = p.vertical_indexes + rows.head * p.num_vertical;
       num_runs_ = args.indexes.num_runs[rows.head];

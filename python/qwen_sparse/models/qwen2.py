@@ -157,7 +157,7 @@ class Queries:
             out, lse = _ops.attention(self.q, k, v, scale, True, None)
         else:
             out, lse, _ = _ops.dual_chunk_attention(
-                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, None, None, scale
+                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, None, None, None, scale
             )
         return out, lse
 
@@ -170,7 +170,7 @@ class Queries:
             out, lse, attended = _ops.vertical_slash_attention(self.q, k, v, vertical, slash, scale)
         else:
             out, lse, attended = _ops.dual_chunk_attention(
-                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, scale
+                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, None, scale
             )
         return out, lse, attended
 
