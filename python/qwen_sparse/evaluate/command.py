@@ -38,7 +38,10 @@ _TASKS = {
     "recall": "no answers: how much attention sparse prefill keeps, by layer and head",
 }
 _UNITS = {"k": 2**10, "m": 2**20}
-_FORMATS = {"perplexity": "{:.3f}", "seconds": "{:.2f}"}  # of what is no share
+_SHOWN = (
+    "accuracy", "exact_match", "perplexity", "kl", "same_top", "recall", "lowest_recall", "density", "seconds"
+)  # fmt: skip
+_FORMATS = {"kl": "{:.4f}", "perplexity": "{:.3f}", "seconds": "{:.2f}"}  # of what is no share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parsers["qa"].add_argument("--answer-tokens", type=int, default=32, help="most tokens of an answer (32)")
     parsers["qa"].add_argument("--seed", type=int, default=0, help="of the order of documents (0)")
     parsers["perplexity"].add_argument("--text", type=Path, required=True, help="text file to predict")
-    parsers["perplexity"].add_argument("--window", type=int, default=256, help="tokens predicted at a time (256)")
-    parsers["perplexity"].add_argument("--samples", type=int, default=8, help="windows (8)")
+    measured = parsers["perplexity"].add_mutually_exclusive_group()
+    measured.add_argument("--tail", type=int, help="predict the last tokens of prompts of each length (2048)")
+    measured.add_argument("--window", type=int, help="or this many tokens as a prefill chunk behind their context")
+    parsers["perplexity"].add_argument("--samples", type=int, help="tails (1) or windows (8), spread over the text")
+    parsers["perplexity"].add_argument(
+        "--reference",
+        type=_mode,
+        help="mode to compare all with (of each mode: rope or dca, its own rotation)",
+    )
 
     text = parsers["recall"].add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, help="text file whose first tokens are measured")
@@ -107,8 +117,12 @@ def _depths(text: str) -> list[float]:
 
 
 def _modes(text: str) -> list[str]:
+    return list(dict.fromkeys(_mode(name) for name in text.split(",")))
+
+
+def _mode(text: str) -> str:
     try:
-        return list(dict.fromkeys(Mode.parse(name).name for name in text.split(",")))
+        return Mode.parse(text).name
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -155,9 +169,12 @@ def _set_defaults(args: argparse.Namespace) -> None:
     for name in ("depths", "needles"):
         if probes is not None and getattr(args, name) is not None:
             raise ValueError(f"--{name} goes without --probes, which puts a needle for each question at even depths")
-    defaults: dict[str, Any] = {"samples": 4 if probes is None else 1}
-    if probes is None:
-        defaults |= {"depths": [0, 0.25, 0.5, 0.75, 1], "needles": [1, 4]}
+    if args.task == "perplexity":
+        defaults: dict[str, Any] = {"samples": 8} if args.window is not None else {"samples": 1, "tail": 2048}
+    elif probes is None:
+        defaults = {"samples": 4, "depths": [0, 0.25, 0.5, 0.75, 1], "needles": [1, 4]}
+    else:
+        defaults = {"samples": 1}
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
@@ -169,7 +186,8 @@ def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> 
     if args.task == "recall":
         return evaluate_recall(model, text, modes, args.lengths, seed=args.seed, progress=progress)
     if text is not None:
-        options = {"window": args.window, "samples": args.samples, "progress": progress}
+        options = {"samples": args.samples, "reference": args.reference, "progress": progress}
+        options |= {"tail": args.tail} if args.window is None else {"window": args.window}
         return evaluate_perplexity(model, text, modes, args.lengths, **options)
     if getattr(args, "probes", None) is not None:
         options = {"seed": args.seed, "chat": args.chat, "progress": progress, **_hay(args)}
@@ -225,7 +243,8 @@ def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
     """The mean over depths, a row for each task, mode and length."""
     cells: dict[tuple[str, str, int], list[float]] = {}
     for row in rows:
-        cells.setdefault((row["task"], row["mode"], row["length"]), []).append(row[value])
+        if value in row:
+            cells.setdefault((row["task"], row["mode"], row["length"]), []).append(row[value])
     return [
         {"task": task, "mode": mode, "length": length, value: statistics.mean(values)}
         for (task, mode, length), values in cells.items()
@@ -233,8 +252,8 @@ def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
 
 
 def _print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    for value in ("accuracy", "exact_match", "perplexity", "recall", "lowest_recall", "density", "seconds"):
-        if value in rows[0]:
+    for value in _SHOWN:
+        if any(value in row for row in rows):
             print(f"\n{value.replace('_', ' ')}")
             print(_table(_means(rows, value), value))
 
