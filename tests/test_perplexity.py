@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import Mode, evaluate_perplexity
 from qwen_sparse.evaluate.perplexity import divergence, predict_tail, predict_window, references_of, window_ends
 from qwen_sparse.models.qwen2 import Qwen2Model
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import texts
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,17 @@ def test_wrong_arguments_are_named(model: Qwen2Model) -> None:
         evaluate_perplexity(model, "x" * 1000, ["dca"], [512, 600], tail=512)
     with pytest.raises(ValueError, match="tail must be >= 1, got 0"):
         evaluate_perplexity(model, "x" * 1000, ["dca"], [512], tail=0)
+
+
+@pytest.mark.released
+def test_a_trained_model_is_near_itself(released_model: Qwen2Model) -> None:
+    """An int8 cache changes little, half of the attention more, and each by a plausible amount."""
+    text = texts.prose()[:8000]
+    modes = ["rope", "rope+int8", "rope+coverage0.5"]
+    rows = {row["mode"]: row for row in evaluate_perplexity(released_model, text, modes, [768], tail=256)}
+    assert 2 < rows["rope"]["perplexity"] < 20
+    assert 0 < rows["rope+int8"]["kl"] < 0.05
+    assert 2 * rows["rope+int8"]["kl"] < rows["rope+coverage0.5"]["kl"] < 5
+    assert 0.9 < rows["rope+int8"]["same_top"] < 1
+    assert 0.2 < rows["rope+coverage0.5"]["same_top"] < rows["rope+int8"]["same_top"]
+    assert rows["rope+coverage0.5"]["density"] < 0.8
