@@ -206,7 +206,8 @@ def evaluate_perplexity(
                         if name in references.values():
                             kept.setdefault(name, []).append(found)
                         if name in references:
-                            distances.append(divergence(kept[references[name]][number], found))
+                            other = kept[references[name]][number]
+                            distances.append(Divergence(0.0, 1.0) if other is found else divergence(other, found))
                         losses.append(found.loss())
                         densities.append(found.density)
                         bar.update(length)
