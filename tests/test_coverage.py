@@ -63,12 +63,12 @@ def test_selection_keeps_the_groups_that_hold_the_attention(kernels: str) -> Non
 
 def test_dual_chunk_rotations_are_used(kernels: str) -> None:
     q, k, _ = random_qkv(300, 700, 2, 1, 64, torch.bfloat16)
-    q = 4 * q  # so that pooled rows and keys of random numbers differ in what they attend
+    q = 8 * q  # so that pooled rows and keys of random numbers differ in what they attend
     rotations = {"q_succ": q.roll(32, 0), "q_inter": q.roll(64, 0), "chunk_len": 192}
-    groups, _ = select_by_coverage(q, k, coverage=0.95, **rotations)
-    expected, _ = reference.select_block_groups(q, k, thresholds(0.95, 300, 700).expand(2, -1), **rotations)
+    groups, _ = select_by_coverage(q, k, coverage=0.87, **rotations)
+    expected, _ = reference.select_block_groups(q, k, thresholds(0.87, 300, 700).expand(2, -1), **rotations)
     assert (groups != expected).sum() <= 1  # a share that is the threshold to rounding
-    assert not torch.equal(groups, select_by_coverage(q, k, coverage=0.95)[0])
+    assert not torch.equal(groups, select_by_coverage(q, k, coverage=0.87)[0])
 
 
 def test_models_with_a_coverage(write_checkpoint: WriteCheckpoint) -> None:
@@ -77,7 +77,7 @@ def test_models_with_a_coverage(write_checkpoint: WriteCheckpoint) -> None:
     directory = write_checkpoint(dual_chunk_attention_config=embedded)
     ids = torch.randint(256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
     previous = 0.0
-    for coverage in (0.2, 0.6, 0.8):
+    for coverage in (0.3, 0.85, 0.9):
         model = load_model(directory, coverage=coverage)
         assert model.config.sparse is not None
         assert model.config.sparse.vertical_sizes == ()

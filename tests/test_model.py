@@ -135,7 +135,7 @@ def brute_force(
     sparse: tuple[int, int] | None = None,
     coverage: float | None = None,
 ) -> Tensor:
-    """Logits ``[n, vocab]`` in float64 by the definitions, the whole prompt at once; its last 64 positions are dense."""
+    """Logits ``[n, vocab]`` in float64 by the definitions, the whole prompt at once; its last block is dense."""
     tensors = {name: tensor.double() for name, tensor in random_tensors(raw, seed).items()}
     chunk = raw["dual_chunk_attention_config"]
     chunk_size, chunk_len = chunk["chunk_size"], chunk["chunk_size"] - chunk["local_size"]

@@ -211,7 +211,7 @@ def _most_index_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *,
 def group_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *, on_gpu: bool) -> int:
     """Memory that choosing and using one layer's block groups takes at once, queries and results aside.
 
-    What the kernels ask for: ``select_groups_workspace`` of the backends in csrc, and on a CPU the scratch memory of its
+    What the kernels ask for: ``select_groups_workspace`` of the backends in csrc, and on a CPU the scratch of its
     threads.
 
     Args:
