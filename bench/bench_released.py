@@ -1,0 +1,214 @@
+"""Sparse prefill on a released model, beside dense attention: perplexity, KL, recall and answers by method and length.
+
+    make released
+    python bench/bench_released.py --output bench/results/released_cpu.json
+    python bench/bench_released.py --parts probes --lengths 16384 32768 --output bench/results/released_probes_cpu.json
+
+Methods are ``dense``, ``groups:C`` (block groups of coverage C) and ``vertical-slash:V:S`` (V columns and S distances
+for every head, voted by the last 64 rows of a prefill chunk). All rows of every layer are prefilled by the method, but
+those of the prompt's last block, which is dense. Beyond --trained tokens all methods use Dual Chunk Attention.
+
+Parts: ``tail``, what the model predicts of the last 2048 tokens of a prompt (perplexity, KL and top token against dense);
+``recall``, what a method keeps of the attention of all rows and layers, with the hidden states of dense attention;
+``probes``, facts in one text that is prefilled once, asked for one by one.
+
+Rows that the output already holds are not measured again (--resume), so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import texts
+from qwen_sparse import load_model
+from qwen_sparse.calibrate import measure_budgets
+from qwen_sparse.config import DualChunkConfig, SparseConfig
+from qwen_sparse.evaluate import evaluate_probes
+from qwen_sparse.evaluate.perplexity import Predictions, divergence
+from qwen_sparse.likelihood import last_hidden
+from qwen_sparse.memory import default_chunk_tokens
+from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.stats import ForwardStats
+from report import add_device_argument, add_output_argument, finish, print_table, save
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {"code": texts.code, "prose": texts.prose}
+METHODS = [
+    "dense",
+    *(f"groups:{c}" for c in (0.8, 0.87, 0.92, 0.95)),
+    *(f"vertical-slash:{b}" for b in ("500:700", "1000:1500", "2000:3000")),
+]
+KEY = ("part", "text", "length", "method")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "build/released/qwen2.5-coder-0.5b", help="directory")
+    parser.add_argument("--parts", nargs="+", default=["tail", "recall"], choices=["tail", "recall", "probes"])
+    parser.add_argument("--texts", nargs="+", default=["code", "prose"], choices=list(TEXTS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--tail", type=int, default=2048, help="tokens that perplexity and KL are of")
+    parser.add_argument("--probes", type=int, default=20, help="facts in a text")
+    parser.add_argument("--trained", type=int, default=32768, help="longest plain prompt, and DCA's original length")
+    parser.add_argument("--dual-chunk", type=int, nargs=2, default=[24576, 4096], metavar=("CHUNK", "LOCAL"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "int8"])
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds")
+    add_device_argument(parser)
+    add_output_argument(parser)
+    arguments = parser.parse_args()
+
+    model = load_model(
+        arguments.model,
+        device=arguments.device,
+        dtype="bfloat16",
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        max_seq_len=2**21,
+    )
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.resume and arguments.output.exists() else []
+    done = {tuple(row[name] for name in KEY) for row in rows}
+    for row in measured(model, arguments, done):
+        rows.append({**row, "model": arguments.model.name, "python": texts.PYTHON})
+        print(json.dumps({name: value for name, value in row.items() if name not in ("layers", "wrong")}), flush=True)
+        save("released", arguments, rows)
+    print_table([*KEY, "density", "perplexity", "KL", "same top", "recall", "found"], [cells(row) for row in rows])
+    finish("released", arguments, rows)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    formats = {"density": ".1%", "perplexity": ".3f", "kl": ".4f", "same_top": ".1%", "recall": ".3f", "found": "d"}
+    return [*(str(row[name]) for name in KEY), *(format(row[n], f) if n in row else "" for n, f in formats.items())]
+
+
+def measured(model: Qwen2Model, arguments: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Rows that are not done, from the shortest length on."""
+    for length in sorted(arguments.lengths):
+        for text in arguments.texts:
+            keys = {
+                (part, method): (part, text, length, method) for part in arguments.parts for method in arguments.methods
+            }
+            parts = {part: [m for p, m in keys if p == part and keys[p, m] not in done] for part in arguments.parts}
+            if not any(parts.values()):
+                continue
+            tokens = model.tokenizer.encode(TEXTS[text]())[:length]
+            if len(tokens) < length:
+                print(f"{text} has only {len(tokens)} tokens: {length} not measured", flush=True)
+                continue
+            for part in arguments.parts:
+                of_part = {"tail": tails, "recall": recalls, "probes": probes}[part]
+                for row in of_part(model, text, tokens, parts[part], arguments):
+                    yield {"part": part, "text": text, "length": length, **row}
+
+
+def by_method(model: Qwen2Model, method: str, length: int, arguments: argparse.Namespace) -> Qwen2Model:
+    """The model that prefills by a method, with Dual Chunk Attention where the length asks for it."""
+    name, *values = method.split(":")
+    config = replace(model.config, sparse=None)
+    if length > arguments.trained:
+        config = replace(config, dual_chunk=DualChunkConfig(*arguments.dual_chunk, arguments.trained))
+    if name == "dense":
+        return model.with_options(config=config, attention="dense")
+    if name == "groups":
+        return model.with_options(config=config, attention="sparse", coverage=float(values[0]))
+    if name != "vertical-slash":
+        raise ValueError(f"--methods must be dense, groups:C or vertical-slash:V:S, got {method!r}")
+    sizes = [((int(value),) * config.num_heads,) * config.num_layers for value in values]
+    return model.with_options(config=replace(config, sparse=SparseConfig(*sizes)), attention="sparse")
+
+
+@torch.inference_mode()
+def predict(model: Qwen2Model, tokens: list[int], tail: int) -> tuple[Predictions, ForwardStats]:
+    """Of the last ``tail`` tokens, as evaluate.perplexity.predict_tail, and what it cost."""
+    prompt, stats = torch.tensor(tokens, device=model.device), ForwardStats(model.device)
+    sparse, chunk_tokens = model.prefills_sparse(len(tokens)), default_chunk_tokens(model.device)
+    cache = model.new_cache(len(tokens))
+    hidden = torch.cat(
+        list(last_hidden(model, prompt, tail + 1, cache, sparse=sparse, chunk_tokens=chunk_tokens, stats=stats))
+    )
+    stats.finish()
+    none = torch.empty(0, model.config.vocab_size, device=model.device)
+    return Predictions(model, none, hidden[:-1], prompt[-tail:], stats.attended_pairs / stats.causal_pairs), stats
+
+
+def tails(
+    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Perplexity and KL; dense is always run, since the others are compared with it."""
+    if not methods:
+        return
+    reference = None
+    for method in ["dense", *(m for m in methods if m != "dense")]:
+        began = time.perf_counter()
+        found, stats = predict(by_method(model, method, len(tokens), arguments), tokens, arguments.tail)
+        seconds = time.perf_counter() - began
+        reference = found if reference is None else reference
+        far = divergence(reference, found) if found is not reference else None
+        if method not in methods:
+            continue
+        yield {
+            "method": method,
+            "density": found.density,
+            "kept_estimate": stats.kept,
+            "perplexity": float(torch.tensor(found.loss()).exp()),
+            "kl": 0.0 if far is None else far.kl,
+            "same_top": 1.0 if far is None else far.same_top,
+            "seconds": seconds,
+            "phases": stats.seconds,
+        }
+
+
+def recalls(
+    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    for method in methods:
+        if method == "dense":
+            continue
+        runner = by_method(model, method, len(tokens), arguments)
+        assert runner.config.sparse is not None
+        found = measure_budgets(runner, tokens, runner.config.sparse)
+        by_layer = [[head.recall for head in layer] for layer in found.layers]
+        yield {
+            "method": method,
+            "density": found.density,
+            "recall": found.recall,
+            "lowest_recall": min(map(min, by_layer)),
+            "layers": [sum(layer) / len(layer) for layer in by_layer],
+        }
+
+
+def probes(
+    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as directory:
+        hay = Path(directory) / f"{text}.txt"
+        hay.write_text(TEXTS[text](), encoding="utf-8")
+        for method in methods:
+            runner = by_method(model, method, len(tokens), arguments)
+            mode = "dca" if len(tokens) > arguments.trained else "rope"
+            name, _, value = method.partition(":")
+            mode += {"dense": "", "groups": f"+coverage{value}", "vertical-slash": "+sparse"}[name]
+            found = list(evaluate_probes(runner, arguments.probes, [mode], [len(tokens)], hay=str(hay), chat=True))
+            yield {
+                "method": method,
+                "density": found[0]["density"],
+                "tokens": found[0]["tokens"],
+                "questions": len(found),
+                "found": sum(row["found"] for row in found),
+                "by_depth": "".join("x" if row["found"] else "." for row in found),
+                "seconds": found[0]["seconds"],
+                "answer_seconds": found[0]["answer_seconds"],
+                "wrong": [row["wrong"] for row in found if row["wrong"]],
+            }
+
+
+if __name__ == "__main__":
+    main()
