@@ -8,7 +8,7 @@ Methods are ``dense``, ``groups:C`` (block groups of coverage C) and ``vertical-
 for every head, voted by the last 64 rows of a prefill chunk). All rows of every layer are prefilled by the method, but
 those of the prompt's last block, which is dense. Beyond --trained tokens all methods use Dual Chunk Attention.
 
-Parts: ``tail``, what the model predicts of the last 2048 tokens of a prompt (perplexity, KL and top token against dense);
+Parts: ``tail``, what the model predicts of the last tokens of a prompt (perplexity, KL and top token against dense);
 ``recall``, what a method keeps of the attention of all rows and layers, with the hidden states of dense attention;
 ``probes``, facts in one text that is prefilled once, asked for one by one.
 
