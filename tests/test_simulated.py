@@ -52,7 +52,7 @@ DECODE_Q = [normal(2, 2, 4, 64).bfloat16() for _ in range(3)]
 
 
 def attention(columns: Tensor, slashes: Tensor) -> Callable[[Any], Any]:
-    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, columns, slashes, 0.125)
+    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, columns, slashes, None, 0.125)
 
 
 def decode(table: Tensor, lengths: Tensor) -> Callable[[Any], Any]:
@@ -107,7 +107,9 @@ LENGTH = torch.tensor([200], dtype=torch.int32)
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
-    "dense dual-chunk": lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, 0.125),
+    "dense dual-chunk": lambda ops: ops.dual_chunk_attention(
+        q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, None, 0.125
+    ),
     # with more shared memory than a kernel has unasked
     "dense, 128 channels": lambda ops: ops.attention(*WIDE, 0.1, True, None),
     "decode, 128 channels": lambda ops: ops.decode_attention(

@@ -21,13 +21,14 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
 }  // namespace
 
 CUtensorMap tensor_map(const char* name, const Rows& rows, DType dtype, int64_t num_rows, int64_t num_heads,
-                       int64_t head_dim, int box_rows) {
+                       int64_t head_dim, int box_rows, int box_panels) {
   constexpr cuuint32_t kPanel = 64;
   const cuuint64_t sizes[] = {kPanel, static_cast<cuuint64_t>(num_rows), static_cast<cuuint64_t>(head_dim) / kPanel,
                               static_cast<cuuint64_t>(num_heads)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(rows.row_stride) * 2, kPanel * 2,
                                 static_cast<cuuint64_t>(rows.head_stride) * 2};
-  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(head_dim) / kPanel, 1};
+  const auto panels = static_cast<cuuint32_t>(box_panels > 0 ? box_panels : head_dim / kPanel);
+  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(box_rows), panels, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status =

@@ -3,12 +3,12 @@
 
 #include <cuda.h>
 
+#include "cuda/common/group_tiles.h"
 #include "cuda/common/key_tiles.h"
 #include "cuda/common/prefill.h"
 
 namespace qwen_sparse::sm90::prefill {
 
-using cuda::KeyTile;
 using cuda::kTileRows;
 using cuda::RowTile;
 
@@ -27,10 +27,14 @@ static_assert(128 * (kProducerRegisters + kNumConsumers * kConsumerRegisters) <=
 // registers. Dense: 128, which halves what a tile costs besides products; its scores leave no registers for Q.
 constexpr int kSparseTileKeys = 64;
 constexpr int kDenseTileKeys = 128;
+using DenseTiles = cuda::KeyTiles<kDenseTileKeys>;
+using SparseTiles = cuda::KeyTiles<kSparseTileKeys>;  // vertical-slash
+using GroupTiles = cuda::GroupTiles;                  // block groups
+static_assert(GroupTiles::kTileKeys == kSparseTileKeys, "both sparse kernels multiply alike");
 
-template <int kHeadDim, int kTileKeys_>
+template <int kHeadDim, typename Tiles>
 struct Config {
-  static constexpr int kTileKeys = kTileKeys_;
+  static constexpr int kTileKeys = Tiles::kTileKeys;
   static constexpr bool kQInRegisters = kTileKeys == kSparseTileKeys;
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kQBytes = kTileRows * kRowBytes;
@@ -45,9 +49,10 @@ struct Args {
   cuda::PrefillArgs common;
   CUtensorMap q[cuda::kNumStages];  // by stage of dual-chunk attention
   CUtensorMap k, v, column_k, column_v;
-  int32_t* next_tile;         // the next work item, zero at launch
-  int32_t num_items;          // row tiles x heads
-  int32_t heads_per_section;  // heads whose keys and values stay in L2 while their row tiles are worked on
+  CUtensorMap group_k, group_v;  // a panel of 16 keys
+  int32_t* next_tile;            // the next work item, zero at launch
+  int32_t num_items;             // row tiles x heads
+  int32_t heads_per_section;     // heads whose keys and values stay in L2 while their row tiles are worked on
 };
 
 }  // namespace qwen_sparse::sm90::prefill
