@@ -35,7 +35,8 @@ CUtensorMap tensor_map(const char* name, const Rows& rows, DType dtype, int64_t 
       encoder()(&map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
                 const_cast<void*>(rows.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status == CUDA_SUCCESS) return map;
+  // A copy: the driver asks for an address that is a multiple of 64, and GCC (12, unoptimised) gives results to 16.
+  if (status == CUDA_SUCCESS) return CUtensorMap{map};
   throw std::runtime_error(std::string("qwen_sparse: cuTensorMapEncodeTiled refuses ") + name + " (CUresult " +
                            std::to_string(status) + "): " + std::to_string(num_rows) + " rows of " +
                            std::to_string(num_heads) + " heads x " + std::to_string(head_dim) + ", row stride " +
