@@ -6,8 +6,8 @@
 // and every group is copied once. The three kinds of tiles take turns, as far as there are any, so that at tiles of one
 // block alone both blocks have work within few tiles.
 //
-// A warp advances the cursor. Together its lanes read 32 words of each block's bitmap (16384 keys), a batch ahead, and
-// split them into bits by kind; what takes one group after the other is done by lane 0 in shared memory.
+// A warp advances the cursor. Together its lanes read 16 words of each block's bitmap (8192 keys), a batch ahead, and
+// write the first keys of their groups to lists, one for each kind; a tile is the next four of a list.
 #pragma once
 
 #include "cuda/common/prefill.h"
@@ -40,6 +40,8 @@ struct GroupTile {
 class GroupTiles {
   static constexpr int32_t kKeys = static_cast<int32_t>(kGroupKeys);
   static constexpr int32_t kRows = static_cast<int32_t>(kBlockM);
+  static constexpr int kBatchWords = 16;
+  static constexpr int kLaneGroups = kBatchWords;  // of 32 times as many
   static constexpr unsigned kAllLanes = 0xffffffffu;
 
  public:
@@ -66,7 +68,7 @@ class GroupTiles {
         bitmap_[b] = p.block_groups + (end > 0 ? block * p.group_words : 0);
       }
 #pragma unroll
-      for (int kind = 0; kind < kNumKinds; ++kind) occupied_[kind] = num_pending_[kind] = 0;
+      for (int kind = 0; kind < kNumKinds; ++kind) next_entry_[kind] = last_entry_[kind] = 0;
       turn_ = 0;
       now_ = Batch{kInter, 0};
       next_ = first_batch(kInter, 0);
@@ -75,32 +77,45 @@ class GroupTiles {
     fetch(next_);
   }
 
-  // The next tile that a row attends, for lane 0; all lanes get its count, 0 when there is none, and its stage.
+  // The next tile that a row attends; its count is 0 when there is none.
   __device__ GroupTile next() {
     for (;;) {
-      GroupTile tile{};
-      if (lane() == 0) take_tile(tile);
-      tile.count = __shfl_sync(kAllLanes, tile.count, 0);
-      tile.stage = static_cast<Stage>(now_.stage);
-      if (tile.count > 0 || !next_batch()) return tile;
+      __syncwarp();
+      // Behind the last batch of a stage any number of groups makes a tile.
+      const int least = next_.stage != now_.stage ? 1 : kTileGroups;
+      uint32_t ready = 0;  // kinds
+#pragma unroll
+      for (int kind = 0; kind < kNumKinds; ++kind) {
+        if (last_entry_[kind] - next_entry_[kind] >= least) ready |= 1u << kind;
+      }
+      if (ready != 0) return take_tile(ready);
+      if (!next_batch()) return GroupTile{};
     }
   }
 
  private:
   enum Kind : int { kBoth, kFirst, kSecond, kNumKinds };  // the blocks that attend a group
 
-  // 32 words of the bitmaps, as far as they are of a stage.
+  // Words of the bitmaps, as far as they are of a stage.
   struct Batch {
     int32_t stage;  // kNumStages: there are no more
     int32_t word;
   };
 
+  // Numbers by kind, of at most 10 bits each, and sums of such.
+  static constexpr int kPackedBits = 10;
+  static constexpr int kMaxEntries = kBatchWords * 32 + kNumKinds * (kTileGroups - 1);
+  static_assert(kMaxEntries < 1 << kPackedBits, "positions in the lists are packed");
+  __device__ static int unpack(uint32_t packed, int kind) {
+    return packed >> kind * kPackedBits & ((1u << kPackedBits) - 1);
+  }
+
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  // Bits [begin, end) of a word, as far as it has them.
+  // Bits [begin, end) of a lane's groups, as far as it has them.
   __device__ static uint32_t bits_between(int32_t begin, int32_t end) {
     begin = max(begin, 0);
-    end = min(end, 32);
+    end = min(end, kLaneGroups);
     return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
   }
 
@@ -113,91 +128,103 @@ class GroupTiles {
     return Batch{stage, word};
   }
 
+  // One word per lane, those of both blocks.
   __device__ void fetch(Batch batch) {
     if (batch.stage == kNumStages) return;
-    const int32_t word = batch.word + lane();
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const bool inside = word < num_words_ && end_[b] > 0;
-      ptx::copy_async_4(ptx::shared_address(&fetched_[b][lane()]), bitmap_[b] + (inside ? word : 0), inside ? 4 : 0);
-    }
+    const int b = lane() / kBatchWords;
+    const int32_t word = batch.word + lane() % kBatchWords;
+    const bool inside = word < num_words_ && end_[b] > 0;
+    ptx::copy_async_4(ptx::shared_address(&fetched_[b][lane() % kBatchWords]), bitmap_[b] + (inside ? word : 0),
+                      inside ? 4 : 0);
     ptx::commit_copies();
   }
 
-  // False if there is none.
+  // The lists of the next batch, behind what is left of these. False if there is none.
   __device__ bool next_batch() {
     const Batch batch = next_;
     if (batch.stage == kNumStages) return false;
     ptx::wait_copies<0>();
-    const int32_t first = (batch.word + lane()) * 32;  // group
+    __syncwarp();
+    const int32_t first = batch.word * 32 + lane() * kLaneGroups;  // the lane's groups, 16 bits of a word
     uint32_t bits[2];
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int32_t end = min(borders_[batch.stage + 1], end_[b]);
-      bits[b] = fetched_[b][lane()] & bits_between(borders_[batch.stage] - first, end - first);
+      bits[b] = fetched_[b][lane() / 2] >> lane() % 2 * kLaneGroups;
+      bits[b] &= bits_between(borders_[batch.stage] - first, end - first);
     }
     const uint32_t both = bits[0] & bits[1];
-    const uint32_t by_kind[kNumKinds] = {both, bits[0] ^ both, bits[1] ^ both};
-    const Batch after = first_batch(batch.stage, batch.word + 32);
-    __syncwarp();  // nobody reads what changes now
+    const uint32_t counts =
+        __popc(both) | __popc(bits[0] ^ both) << kPackedBits | __popc(bits[1] ^ both) << 2 * kPackedBits;
+    uint32_t sums = counts;  // of the lanes up to this one
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, sums, distance);
+      if (lane() >= distance) sums += before;
+    }
+    const uint32_t totals = __shfl_sync(kAllLanes, sums, 31);
+    uint32_t begins = 0, lefts = 0;  // of each list, and entries that it had left
+    int entries = 0;
 #pragma unroll
     for (int kind = 0; kind < kNumKinds; ++kind) {
-      bits_[kind][lane()] = by_kind[kind];
-      const uint32_t occupied = __ballot_sync(kAllLanes, by_kind[kind] != 0);
-      if (lane() == 0) occupied_[kind] = occupied;
+      const int left = last_entry_[kind] - next_entry_[kind];
+      begins |= entries << kind * kPackedBits;
+      lefts |= left << kind * kPackedBits;
+      entries += left + unpack(totals, kind);
+    }
+    // Lane 3 k + i moves the i-th entry that list k had left.
+    const int kind = min(lane() / (kTileGroups - 1), kNumKinds - 1), entry = lane() - kind * (kTileGroups - 1);
+    const bool moves = entry < unpack(lefts, kind);
+    const int32_t moved = moves ? list_[next_entry_[kind] + entry] : 0;
+    const Batch after = first_batch(batch.stage, batch.word + kBatchWords);
+    __syncwarp();  // nobody reads what changes now
+    if (moves) list_[unpack(begins, kind) + entry] = moved;
+    uint32_t positions = begins + lefts + sums - counts;
+    for (uint32_t left = bits[0] | bits[1]; left != 0; left &= left - 1) {
+      const int group = __ffs(static_cast<int>(left)) - 1;
+      const int shift = ((both >> group & 1) != 0      ? kBoth
+                         : (bits[0] >> group & 1) != 0 ? kFirst
+                                                       : kSecond) *
+                        kPackedBits;
+      list_[positions >> shift & ((1u << kPackedBits) - 1)] = (first + group) * kKeys;
+      positions += 1u << shift;
+    }
+    if (lane() < kNumKinds) {
+      next_entry_[lane()] = unpack(begins, lane());
+      last_entry_[lane()] = lane() + 1 < kNumKinds ? unpack(begins, lane() + 1) : entries;
     }
     if (lane() == 0) {
       now_ = batch;
       next_ = after;
     }
     fetch(after);
-    __syncwarp();
     return true;
   }
 
-  // A tile of the kind whose turn it is, or of the first after it that fills one; behind the last batch of a stage any
-  // number of groups does. Leaves `tile` as it is if there is none.
-  __device__ void take_tile(GroupTile& tile) {
-    const bool ends_stage = next_.stage != now_.stage;
-#pragma unroll 1
-    for (int i = 0; i < kNumKinds; ++i) {
-      const int kind = turn_;
+  // Of the kind whose turn it is, or of the first after it that is ready.
+  __device__ GroupTile take_tile(uint32_t ready) {
+    const int turn = turn_;
+    int kind = turn + __ffs(static_cast<int>((ready | ready << kNumKinds) >> turn)) - 1;
+    if (kind >= kNumKinds) kind -= kNumKinds;
+    const int entry = next_entry_[kind], count = min(last_entry_[kind] - entry, kTileGroups);
+    GroupTile tile;
+    tile.count = count * kKeys;
+    tile.stage = static_cast<Stage>(now_.stage);
+#pragma unroll
+    for (int group = 0; group < kTileGroups; ++group) {
+      tile.groups[group] = group < count ? list_[entry + group] : num_keys_;
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const bool before_rows = tile.groups[kTileGroups - 1] + kKeys - 1 <= first_row_ + b * kRows;
+      tile.use[b] = kind == (b == 0 ? kSecond : kFirst) ? Use::kNone : before_rows ? Use::kFull : Use::kPartial;
+    }
+    __syncwarp();  // nobody reads what changes now
+    if (lane() == 0) {
+      next_entry_[kind] = entry + count;
       turn_ = kind + 1 == kNumKinds ? 0 : kind + 1;
-      const int count = collect(kind);
-      if (count < kTileGroups && (count == 0 || !ends_stage)) continue;
-      num_pending_[kind] = 0;
-      tile.count = count * kKeys;
-#pragma unroll
-      for (int group = 0; group < kTileGroups; ++group) {
-        tile.groups[group] = group < count ? pending_[kind][group] : num_keys_;
-      }
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const bool before_rows = tile.groups[kTileGroups - 1] + kKeys - 1 <= first_row_ + b * kRows;
-        tile.use[b] = kind == (b == 0 ? kSecond : kFirst) ? Use::kNone : before_rows ? Use::kFull : Use::kPartial;
-      }
-      return;
     }
-  }
-
-  // Moves groups of the batch to the pending ones until these fill a tile. Returns the number of pending ones.
-  __device__ int collect(int kind) {
-    uint32_t occupied = occupied_[kind];
-    int count = num_pending_[kind];
-    while (count < kTileGroups && occupied != 0) {
-      const int word = __ffs(static_cast<int>(occupied)) - 1;
-      const int32_t first = (now_.word + word) * 32;
-      uint32_t bits = bits_[kind][word];
-      do {
-        pending_[kind][count++] = (first + __ffs(static_cast<int>(bits)) - 1) * kKeys;
-        bits &= bits - 1;
-      } while (count < kTileGroups && bits != 0);
-      bits_[kind][word] = bits;
-      if (bits == 0) occupied &= occupied - 1;
-    }
-    occupied_[kind] = occupied;
-    num_pending_[kind] = count;
-    return count;
+    return tile;
   }
 
   const uint32_t* bitmap_[2];  // of each block
@@ -206,12 +233,10 @@ class GroupTiles {
   int32_t borders_[kNumStages + 1];  // a stage's groups are [borders_[stage], borders_[stage + 1])
   int32_t end_[2];                   // behind the last group that rows of a block see
   Batch now_, next_;
-  uint32_t fetched_[2][32];                  // words of the next batch
-  uint32_t bits_[kNumKinds][32];             // of this batch: groups that are left, by kind
-  uint32_t occupied_[kNumKinds];             // words in which some are left
-  int32_t pending_[kNumKinds][kTileGroups];  // first keys of groups that did not fill a tile yet
-  int32_t num_pending_[kNumKinds];
-  int32_t turn_;  // kind
+  uint32_t fetched_[2][kBatchWords];                       // words of the next batch
+  int32_t list_[kMaxEntries];                              // of this batch: first keys of groups, by kind
+  int32_t next_entry_[kNumKinds], last_entry_[kNumKinds];  // of each list, what is left
+  int32_t turn_;                                           // kind
 };
 
 #endif

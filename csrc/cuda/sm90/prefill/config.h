@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "cuda/common/group_tiles.h"
 #include "cuda/common/key_tiles.h"
 #include "cuda/common/prefill.h"
@@ -36,6 +38,7 @@ template <int kHeadDim, typename Tiles>
 struct Config {
   static constexpr int kTileKeys = Tiles::kTileKeys;
   static constexpr bool kQInRegisters = kTileKeys == kSparseTileKeys;
+  static constexpr bool kValuesByGroup = std::is_same_v<Tiles, GroupTiles>;
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kQBytes = kTileRows * kRowBytes;
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
@@ -49,7 +52,7 @@ struct Args {
   cuda::PrefillArgs common;
   CUtensorMap q[cuda::kNumStages];  // by stage of dual-chunk attention
   CUtensorMap k, v, column_k, column_v;
-  CUtensorMap group_k, group_v;  // a panel of 16 keys
+  CUtensorMap group_k, group_v;  // a panel of 16 keys; 16 values
   int32_t* next_tile;            // the next work item, zero at launch
   int32_t num_items;             // row tiles x heads
   int32_t heads_per_section;     // heads whose keys and values stay in L2 while their row tiles are worked on

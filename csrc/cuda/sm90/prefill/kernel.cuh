@@ -17,6 +17,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -149,8 +150,20 @@ class Producer {
     return item;
   }
 
+  // For the thread that acts: which it is, a warp asks the instruction that tells the compiler that it is one alone,
+  // since copies of several lanes would be loops.
   __device__ void emit(const Tile& tile, uint32_t flags) {
-    if (!acts()) return;
+    if constexpr (Tiles::kThreads > 1) {
+      if (cute::elect_one_sync()) fill_stage(tile, flags);
+      __syncwarp();
+    } else {
+      fill_stage(tile, flags);
+    }
+    if ((flags & kStartsStage) != 0) q_phase_ ^= 1;
+    at_.template advance<C::kStages>();
+  }
+
+  __device__ void fill_stage(const Tile& tile, uint32_t flags) {
     const int stage = at_.index;
     auto& slot = shared_.slots[stage];
     shared_.k_empty[stage].wait(at_.phase ^ 1);
@@ -160,7 +173,6 @@ class Producer {
     fetch_tile(tile, Operand::kKeys, shared_.k_full[stage], shared_.k[stage]);
     if ((flags & kStartsStage) != 0) {
       shared_.q_empty.wait(q_phase_ ^ 1);
-      q_phase_ ^= 1;
       shared_.q_full.arrive_and_expect(C::kQBytes);
       const AttentionShape& shape = args_.common.p.shape;
       const auto past = static_cast<int32_t>(shape.seqlen_k - shape.seqlen_q);
@@ -168,7 +180,6 @@ class Producer {
     }
     shared_.v_empty[stage].wait(at_.phase ^ 1);
     fetch_tile(tile, Operand::kValues, shared_.v_full[stage], shared_.v[stage]);
-    at_.template advance<C::kStages>();
   }
 
   enum class Operand { kKeys, kValues };
@@ -185,17 +196,26 @@ class Producer {
     fetch(map, full, to, tile.first, tile.is_columns ? shared_.rows.head : shared_.rows.kv_head);
   }
 
+  // Keys in panels like those of other tiles, since a product takes all 64 of them; values group after group, which are
+  // one copy each, since a product takes 16 of them.
   __device__ void fetch_keys(const cuda::GroupTile& tile, Operand operand, Barrier& full, uint8_t* to) {
-    const bool keys = operand == Operand::kKeys;
+    constexpr int kKeys = static_cast<int>(kGroupKeys);
     const int32_t head = shared_.rows.kv_head;
-    if (tile.is_run()) return fetch(keys ? args_.k : args_.v, full, to, tile.groups[0], head);
-    const CUtensorMap& map = keys ? args_.group_k : args_.group_v;
+    if (operand == Operand::kValues) {
 #pragma unroll
-    for (int group = 0; group < cuda::kTileGroups; ++group) {
+      for (int group = 0; group < cuda::kTileGroups; ++group) {
+        fetch(args_.group_v, full, to + group * kKeys * C::kRowBytes, tile.groups[group], head);
+      }
+    } else if (tile.is_run()) {
+      fetch(args_.k, full, to, tile.groups[0], head);
+    } else {
 #pragma unroll
-      for (int panel = 0; panel < kHeadDim / kPanelColumns; ++panel) {
-        const int row = panel * C::kTileKeys + group * static_cast<int>(kGroupKeys);  // in shared memory
-        fetch(map, full, to + row * kPanelRowBytes, tile.groups[group], head, panel);
+      for (int group = 0; group < cuda::kTileGroups; ++group) {
+#pragma unroll
+        for (int panel = 0; panel < kHeadDim / kPanelColumns; ++panel) {
+          const int row = panel * C::kTileKeys + group * kKeys;  // in shared memory
+          fetch(args_.group_k, full, to + row * kPanelRowBytes, tile.groups[group], head, panel);
+        }
       }
     }
   }
@@ -223,6 +243,9 @@ class Consumer {
   static constexpr int kSteps = kHeadDim / 16;  // of QK^T
   static constexpr int kQPanelBytes = kTileRows * kPanelRowBytes;
   static constexpr int kPanelBytes = kTileKeys * kPanelRowBytes;
+  // Of values: from panel to panel, and from 16 keys to the next.
+  static constexpr int kVPanelBytes = C::kValuesByGroup ? 16 * kPanelRowBytes : kPanelBytes;
+  static constexpr int kVStepBytes = C::kValuesByGroup ? 16 * C::kRowBytes : 16 * kPanelRowBytes;
 
  public:
   __device__ Consumer(const Args& args, Shared& shared)
@@ -370,10 +393,10 @@ class Consumer {
   }
 
   __device__ void multiply_pv(int stage) {
-    const Descriptor v(ptx::shared_address(shared_.v[stage]), kPanelBytes);
+    const Descriptor v(ptx::shared_address(shared_.v[stage]), kVPanelBytes);
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
-      wgmma<T, Major::MN>(out_, weights_[j], v.at(j * 16 * kPanelRowBytes));
+      wgmma<T, Major::MN>(out_, weights_[j], v.at(j * kVStepBytes));
     }
   }
 

@@ -57,11 +57,9 @@ void prefill_attention(const cuda::PrefillArgs& common, int32_t* next_tile, Laun
     args.column_v = map("columns of v", v, p.num_vertical, shape.num_heads, tile_keys);
   }
   if (p.key_set == KeySet::kBlockGroups) {
-    const auto group_map = [&](const char* name, const Rows& rows) {
-      return tensor_map(name, rows, p.dtype, shape.seqlen_k, shape.num_kv_heads, shape.head_dim, kGroupKeys, 1);
-    };
-    args.group_k = group_map("groups of k", p.k);
-    args.group_v = group_map("groups of v", p.v);
+    args.group_k = tensor_map("groups of k", p.k, p.dtype, shape.seqlen_k, shape.num_kv_heads, shape.head_dim,
+                              kGroupKeys, /*box_panels=*/1);
+    args.group_v = map("groups of v", p.v, shape.seqlen_k, shape.num_kv_heads, kGroupKeys);
   }
   args.next_tile = next_tile;
   args.num_items = static_cast<int32_t>(common.tiles.count * shape.num_heads);
