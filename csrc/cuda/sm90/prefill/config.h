@@ -24,6 +24,8 @@ constexpr int kConsumerRegisters = 224;
 static_assert(kTileRows == kNumConsumers * kBlockRows, "a warpgroup per block");
 static_assert(128 * (kProducerRegisters + kNumConsumers * kConsumerRegisters) <= 65536, "registers of an SM");
 
+constexpr int kMaxSharedBytes = 227 * 1024;
+
 // Keys of a tile. Sparse: the granularity of slashes, so that a warpgroup skips whatever the other one alone attends;
 // at 64 keys both operands of QK^T from shared memory would ask it for its full 128 bytes per cycle, so Q is held in
 // registers. Dense: 128, which halves what a tile costs besides products; its scores leave no registers for Q.
@@ -43,7 +45,7 @@ struct Config {
   static constexpr int kQBytes = kTileRows * kRowBytes;
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
   // 227 KiB of shared memory, less Q and 3 KiB, in K and V tiles; more than 8 stages hide nothing more.
-  static constexpr int kFit = (227 * 1024 - 3072 - kQBytes) / (2 * kTileBytes);
+  static constexpr int kFit = (kMaxSharedBytes - 3072 - kQBytes) / (2 * kTileBytes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static_assert(kStages >= 2, "one tile arrives while another is multiplied");
 };

@@ -10,6 +10,7 @@ template <typename T, int kHeadDim, typename Tiles>
 void launch(const Args& args, int ctas, cudaStream_t stream) {
   const auto kernel = attention_kernel<T, kHeadDim, Tiles>;
   constexpr int kBytes = sizeof(SharedMemory<kHeadDim, Tiles>);
+  static_assert(kBytes <= kMaxSharedBytes, "what descriptions, cursor and barriers take was left beside the tiles");
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "prefill attention");
   kernel<<<dim3(static_cast<unsigned>(ctas)), kThreads, kBytes, stream>>>(args);
   cuda::check(cudaGetLastError(), "prefill attention");
