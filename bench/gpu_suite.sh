@@ -10,7 +10,7 @@
 # same files before, the first step takes seconds:
 #
 #     export SECONDS_IN_ALL=570
-#     OUT=... bench/gpu_suite.sh build check_sass run_tests bench_selection
+#     OUT=... bench/gpu_suite.sh build check_sass run_tests bench_selection bench_block_groups
 #     OUT=... bench/gpu_suite.sh build bench_million
 #     OUT=... bench/gpu_suite.sh build bench_attention bench_flex bench_decode bench_prefill bench_serve check_memory
 #
@@ -27,13 +27,13 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu-suite/results}
 SITE=$PWD/build/gpu-suite/site
-STEPS=(build check_sass run_tests bench_selection bench_million bench_attention bench_flex bench_decode bench_prefill
-  bench_serve check_memory)
+STEPS=(build check_sass run_tests bench_selection bench_block_groups bench_million bench_attention bench_flex
+  bench_decode bench_prefill bench_serve check_memory)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-86400}
 # So that one step which hangs leaves time for the others; FlexAttention may compile for much longer than it runs.
-declare -A SECONDS_OF=([bench_million]=440 [bench_attention]=120 [bench_flex]=100 [bench_decode]=90 [bench_prefill]=120
-  [bench_serve]=100)
+declare -A SECONDS_OF=([bench_million]=440 [bench_block_groups]=90 [bench_attention]=120 [bench_flex]=100
+  [bench_decode]=90 [bench_prefill]=120 [bench_serve]=100)
 mkdir -p "$OUT" build/gpu-suite
 : > "$OUT/suite.log"
 export PYTHONPATH=$SITE:tests:bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -118,6 +118,11 @@ bench_flex() {
 bench_selection() {
   "$PYTHON" bench/bench_selection.py --device cuda --seqlens 131072 1048576 --layouts 28/4x128 --dense-keys 131072 \
     --chunk-rows 32768 --dense-rows 4096 --output "$OUT/selection.json"
+}
+
+bench_block_groups() {
+  "$PYTHON" bench/bench_block_groups.py --device cuda --seqlens 131072 1048576 --rows 32768 --density 0.08 --repeats 3 \
+    --output "$OUT/block_groups.json"
 }
 
 bench_decode() {
