@@ -17,7 +17,7 @@ namespace qwen_sparse::cuda {
 
 constexpr int kTileGroups = 4;
 
-struct GroupTile {
+struct alignas(16) GroupTile {  // moved 16 bytes at a time
   // First key of each, ascending. Where there are fewer than four: seqlen_k, which no row sees and where copies find
   // nothing, so that the tile has zeros there.
   int32_t groups[kTileGroups];
@@ -104,7 +104,7 @@ class GroupTiles {
 
   // Numbers by kind, of at most 10 bits each, and sums of such.
   static constexpr int kPackedBits = 10;
-  static constexpr int kMaxEntries = kBatchWords * 32 + kNumKinds * (kTileGroups - 1);
+  static constexpr int kMaxEntries = kBatchWords * 32 + 2 * kNumKinds * (kTileGroups - 1);
   static_assert(kMaxEntries < 1 << kPackedBits, "positions in the lists are packed");
   __device__ static int unpack(uint32_t packed, int kind) {
     return packed >> kind * kPackedBits & ((1u << kPackedBits) - 1);
@@ -170,15 +170,19 @@ class GroupTiles {
       const int left = last_entry_[kind] - next_entry_[kind];
       begins |= entries << kind * kPackedBits;
       lefts |= left << kind * kPackedBits;
-      entries += left + unpack(totals, kind);
+      entries = round_up(entries + left + unpack(totals, kind), kTileGroups);
     }
-    // Lane 3 k + i moves the i-th entry that list k had left.
+    const uint32_t ends = begins + lefts + totals;
+    // Lane 3 k + i moves the i-th entry that list k had left, and fills the i-th place behind its end.
     const int kind = min(lane() / (kTileGroups - 1), kNumKinds - 1), entry = lane() - kind * (kTileGroups - 1);
     const bool moves = entry < unpack(lefts, kind);
     const int32_t moved = moves ? list_[next_entry_[kind] + entry] : 0;
     const Batch after = first_batch(batch.stage, batch.word + kBatchWords);
     __syncwarp();  // nobody reads what changes now
     if (moves) list_[unpack(begins, kind) + entry] = moved;
+    if (entry < round_up(unpack(ends, kind), kTileGroups) - unpack(ends, kind)) {
+      list_[unpack(ends, kind) + entry] = num_keys_;
+    }
     uint32_t positions = begins + lefts + sums - counts;
     for (uint32_t left = bits[0] | bits[1]; left != 0; left &= left - 1) {
       const int group = __ffs(static_cast<int>(left)) - 1;
@@ -191,7 +195,7 @@ class GroupTiles {
     }
     if (lane() < kNumKinds) {
       next_entry_[lane()] = unpack(begins, lane());
-      last_entry_[lane()] = lane() + 1 < kNumKinds ? unpack(begins, lane() + 1) : entries;
+      last_entry_[lane()] = unpack(ends, lane());
     }
     if (lane() == 0) {
       now_ = batch;
@@ -207,13 +211,8 @@ class GroupTiles {
     int kind = turn + __ffs(static_cast<int>((ready | ready << kNumKinds) >> turn)) - 1;
     if (kind >= kNumKinds) kind -= kNumKinds;
     const int entry = next_entry_[kind], count = min(last_entry_[kind] - entry, kTileGroups);
-    GroupTile tile;
-    tile.count = count * kKeys;
-    tile.stage = static_cast<Stage>(now_.stage);
-#pragma unroll
-    for (int group = 0; group < kTileGroups; ++group) {
-      tile.groups[group] = group < count ? list_[entry + group] : num_keys_;
-    }
+    const int4 groups = *reinterpret_cast<const int4*>(list_ + entry);
+    GroupTile tile{{groups.x, groups.y, groups.z, groups.w}, count * kKeys, static_cast<Stage>(now_.stage), {}};
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const bool before_rows = tile.groups[kTileGroups - 1] + kKeys - 1 <= first_row_ + b * kRows;
@@ -233,8 +232,9 @@ class GroupTiles {
   int32_t borders_[kNumStages + 1];  // a stage's groups are [borders_[stage], borders_[stage + 1])
   int32_t end_[2];                   // behind the last group that rows of a block see
   Batch now_, next_;
-  uint32_t fetched_[2][kBatchWords];                       // words of the next batch
-  int32_t list_[kMaxEntries];                              // of this batch: first keys of groups, by kind
+  uint32_t fetched_[2][kBatchWords];  // words of the next batch
+  // Of this batch: first keys of groups, by kind. Each list begins a tile, and is filled up to one.
+  alignas(16) int32_t list_[kMaxEntries];
   int32_t next_entry_[kNumKinds], last_entry_[kNumKinds];  // of each list, what is left
   int32_t turn_;                                           // kind
 };
