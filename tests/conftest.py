@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from qwen_sparse import _C, ops
+from qwen_sparse import _C, load_model, ops
+from qwen_sparse.models.qwen2 import Qwen2Model
 
 pytest_plugins = ["ptxsim.fixtures"]
 
@@ -144,6 +145,44 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return tokenizer
+
+
+def released_directory(variable: str, directory: str, target: str) -> Path:
+    """What the environment names, else what make wrote; without it the test is skipped.
+
+    A directory that the environment names and that is no checkpoint is an error.
+    """
+    named = os.environ.get(variable)
+    path = Path(named) if named else Path(__file__).parents[1] / "build" / "released" / directory
+    if not (path / "config.json").is_file():
+        if named:
+            pytest.fail(f"{variable} must name a checkpoint directory, got {named}")
+        pytest.skip(f"no trained model: make {target}, or {variable}=its directory")
+    return path
+
+
+@pytest.fixture(scope="session")
+def released_path() -> Path:
+    """The directory of Qwen2.5-Coder-0.5B-Instruct."""
+    return released_directory("QWEN_SPARSE_RELEASED", "qwen2.5-coder-0.5b", "released")
+
+
+@pytest.fixture(scope="session")
+def released_model(released_path: Path) -> Qwen2Model:
+    """All 24 layers, in bfloat16 on the CPU."""
+    return load_model(released_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def released_cut_path() -> Path:
+    """The directory of that model's first four layers. What they write means nothing; heads and weights are trained."""
+    return released_directory("QWEN_SPARSE_RELEASED_CUT", "qwen2.5-coder-0.5b-4layers", "released-cut")
+
+
+@pytest.fixture(scope="session")
+def released_cut(released_cut_path: Path) -> Qwen2Model:
+    """Those four layers, in bfloat16 on the CPU."""
+    return load_model(released_cut_path, device="cpu")
 
 
 @pytest.fixture(params=_C.cpu_features()["supported"])

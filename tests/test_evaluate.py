@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 
 from conftest import DUAL_CHUNK, WriteCheckpoint, byte_tokenizer
-from qwen_sparse import load_model, prefill
+from qwen_sparse import load_model
 from qwen_sparse.calibrate import measure_budgets, synthetic_tokens
 from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
@@ -26,7 +23,6 @@ from qwen_sparse.evaluate import (
     answer,
     common_words,
     default_modes,
-    evaluate_perplexity,
     evaluate_recall,
     evaluate_tasks,
     frequent_words,
@@ -39,7 +35,6 @@ from qwen_sparse.evaluate import (
 )
 from qwen_sparse.evaluate.command import head_grids, length_label
 from qwen_sparse.evaluate.figures import draw_heat_maps, line_styles
-from qwen_sparse.evaluate.perplexity import window_ends, window_loss
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
 from qwen_sparse.evaluate.scoring import exact_match, score
@@ -299,27 +294,6 @@ def test_evaluation_of_the_passkey_model(model: Qwen2Model) -> None:
     assert density["dca+coverage0.5+int8"] < density["dca+coverage0.9"] != density["dca+sparse"]
 
 
-def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
-    """Context and window one after the other predict as one pass over both, while the temperature is the same."""
-    tokens = model.tokenizer.encode("def f(x):\n    return x + 1\n" * 20)[:480]
-    for name in ("rope", "dca"):
-        runner = Mode.parse(name).apply(model)
-        loss, density = window_loss(runner, tokens, 128)
-        logits = prefill(runner, tokens, logits="all").logits
-        expected = F.cross_entropy(logits[-129:-1], torch.tensor(tokens[-128:]))
-        assert loss == pytest.approx(float(expected), rel=1e-4)
-        assert density == pytest.approx(1)
-    text = "".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(200))
-    rows = list(evaluate_perplexity(model, text, ["rope", "dca"], [4096, 512], window=128, samples=2))
-    found = {(row["mode"], row["length"]): row for row in rows}
-    assert [(row["length"], row["mode"]) for row in rows] == [(n, m) for n in (512, 4096) for m in ("rope", "dca")]
-    for row in rows:
-        assert row["perplexity"] == pytest.approx(math.exp(sum(row["nll_by_window"]) / 2))
-        assert (row["windows"], row["predicted"]) == (2, 256)
-    assert found["rope", 512]["perplexity"] == pytest.approx(found["dca", 512]["perplexity"], rel=0.05)
-    assert found["rope", 4096]["perplexity"] > 1.5 * found["dca", 4096]["perplexity"]
-
-
 def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the rows say is in the figure's cells, layer down and head across; the diffuse head stands out."""
     modes = ["dca+sparse", "dca+coverage0.9"]
@@ -368,15 +342,6 @@ def test_large_heat_maps_keep_to_a_dozen_ticks(tmp_path: Path, monkeypatch: pyte
     assert ticks == [[str(layer) for layer in range(0, 28, 3)]]
 
 
-def test_windows() -> None:
-    assert window_ends(1000, 700, 100, 4) == [700, 800, 900, 1000]
-    assert window_ends(700, 700, 100, 1) == [700]
-    with pytest.raises(ValueError, match=r"at least 1000 tokens \(700 and 3 more windows of 100\), got 999"):
-        window_ends(999, 700, 100, 4)
-    with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
-        window_ends(999, 700, 100, 0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -397,10 +362,6 @@ def test_other_bad_arguments(model: Qwen2Model, tokenizer: Tokenizer) -> None:
         niah(17)
     with pytest.raises(ValueError, match="depth must be between 0 and 1, got -1"):
         make_prompt(passkey(), tokenizer, 1000, -1)
-    with pytest.raises(ValueError, match="window must be >= 64, got 16"):
-        evaluate_perplexity(model, "x" * 1000, ["dca"], [512], window=16)
-    with pytest.raises(ValueError, match="length must be above window = 256 for perplexity, got 256"):
-        evaluate_perplexity(model, "x" * 1000, ["dca"], [256])
     with pytest.raises(ValueError, match="at most max_seq_len = 600 tokens"):
         evaluate_tasks(replace(model, max_seq_len=600), [passkey()], ["dca"], [1000])
     trimming = Tokenizer(byte_tokenizer(), chat_template="{{ messages[0].content | upper }}")
@@ -452,6 +413,7 @@ def test_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert names == {"perplexity"}
     assert record["options"]["text"] == "text.txt"
     assert record["options"]["lengths"] == [600, 1024]
+    assert (record["options"]["window"], record["options"]["tail"], record["options"]["samples"]) == (128, None, 1)
 
 
 def test_without_figures(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

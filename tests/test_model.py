@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets, random_tensors, save_tensors
-from qwen_sparse import generate, load_model, prefill, reference
+from qwen_sparse import generate, load_model, ops, prefill, reference
+from qwen_sparse.coverage import thresholds
 from qwen_sparse.memory import format_bytes
 from qwen_sparse.models.qwen2 import Qwen2Model
 
@@ -126,8 +127,15 @@ def test_greedy_tokens_of_transformers(pair: tuple[Any, Path]) -> None:
 # --- Dual Chunk Attention and sparse attention against the definitions ---
 
 
-def brute_force(raw: dict[str, Any], seed: int, ids: list[int], *, sparse: tuple[int, int] | None = None) -> Tensor:
-    """Logits ``[n, vocab]`` in float64 by the definitions, the whole prompt at once."""
+def brute_force(
+    raw: dict[str, Any],
+    seed: int,
+    ids: list[int],
+    *,
+    sparse: tuple[int, int] | None = None,
+    coverage: float | None = None,
+) -> Tensor:
+    """Logits ``[n, vocab]`` in float64 by the definitions, the whole prompt at once; its last 64 positions are dense."""
     tensors = {name: tensor.double() for name, tensor in random_tensors(raw, seed).items()}
     chunk = raw["dual_chunk_attention_config"]
     chunk_size, chunk_len = chunk["chunk_size"], chunk["chunk_size"] - chunk["local_size"]
@@ -148,6 +156,7 @@ def brute_force(raw: dict[str, Any], seed: int, ids: list[int], *, sparse: tuple
         x = norm(hidden, f"{prefix}.input_layernorm")
         q, k, v = (linear(x, f"{prefix}.self_attn.{name}_proj").view(n, -1, head_dim) for name in "qkv")
         rotary = reference.rotary(q, k, torch.arange(n), inv_freq, chunk_size=chunk_size, chunk_len=chunk_len)
+        assert isinstance(rotary, ops.DualChunkRotary)
         indexes: dict[str, Tensor] = {}
         if sparse is not None:
             vertical, slash = reference.select_vertical_slash(
@@ -161,7 +170,21 @@ def brute_force(raw: dict[str, Any], seed: int, ids: list[int], *, sparse: tuple
                 chunk_len=chunk_len,
             )
             indexes = {"vertical_indexes": vertical, "slash_indexes": slash}
+        if coverage is not None:
+            groups, _ = reference.select_block_groups(
+                rotary.q_intra,
+                rotary.k,
+                thresholds(coverage, n, n).expand(q.shape[1], -1),
+                softmax_scale=scale,
+                q_succ=rotary.q_succ,
+                q_inter=rotary.q_inter,
+                chunk_len=chunk_len,
+            )
+            indexes = {"block_groups": groups}
         out = reference.dual_chunk_attention(*rotary[:4], v, chunk_len=chunk_len, softmax_scale=scale, **indexes)
+        last = slice((n - 1) // 64 * 64, n)
+        queries = (x[last] for x in rotary[:3])
+        out[last] = reference.dual_chunk_attention(*queries, rotary.k, v, chunk_len=chunk_len, softmax_scale=scale)
         hidden = hidden + linear(out.flatten(1), f"{prefix}.self_attn.o_proj")
         x = norm(hidden, f"{prefix}.post_attention_layernorm")
         gate, up = linear(x, f"{prefix}.mlp.gate_proj"), linear(x, f"{prefix}.mlp.up_proj")
@@ -253,6 +276,25 @@ def test_sparse_against_the_definitions(
     torch.testing.assert_close(result.logits, expected, rtol=0, atol=5e-5)
     assert (expected - brute_force(raw, 0, ids).float()).abs().max() > 0.1
     assert 0.3 < result.stats.density < 0.9
+
+
+@CHUNKS
+@pytest.mark.parametrize("chunk_tokens", [4096, 192, 100])
+def test_block_groups_against_the_definitions(
+    write_checkpoint: WriteCheckpoint, chunk_tokens: int, sizes: tuple[int, int]
+) -> None:
+    """Whatever the cut, also where it is not between blocks: chunks are then cut before it."""
+    chunk = dual_chunk(sizes, 64)
+    model = load_model(write_checkpoint(dual_chunk_attention_config=chunk), attention="sparse", coverage=0.8)
+    ids = random_ids(700)
+    raw = {**TINY, "dual_chunk_attention_config": chunk}
+    result = prefill(model, ids, logits="all", chunk_tokens=chunk_tokens)
+    expected = brute_force(raw, 0, ids, coverage=0.8).float()
+    torch.testing.assert_close(result.logits, expected, rtol=0, atol=5e-5)
+    assert (expected - brute_force(raw, 0, ids).float()).abs().max() > 0.1
+    assert 0.3 < result.stats.density < 0.9
+    assert result.stats.kept is not None
+    assert 0.6 < result.stats.kept < 0.95
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])

@@ -71,8 +71,10 @@ def test_density_counts_pairs(model: Qwen2Model) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen_sparse.models.qwen2._ops.dual_chunk_attention", spy)
         stats = prefill(model, ids, logits="all").stats
-    attended = sum(int(vertical_slash_mask(args[6], args[7], 600, 600).sum()) for args in chosen)
-    assert len(chosen) == 2
+    sparse = [args for args in chosen if args[6] is not None]
+    attended = sum(int(vertical_slash_mask(args[6], args[7], 576, 576).sum()) for args in sparse)
+    attended += 2 * 2 * sum(range(577, 601))  # the last block is dense: rows 576 to 599 of two heads and layers
+    assert len(sparse) == 2
     assert stats.density == pytest.approx(attended / (2 * 2 * 600 * 601 // 2))
 
 
@@ -105,12 +107,34 @@ def test_going_back_in_a_cache(model: Qwen2Model) -> None:
     torch.testing.assert_close(again.logits, prefill(model, ids + other[:20]).logits, rtol=0, atol=5e-5)
 
 
-def test_short_continuations_are_dense(model: Qwen2Model) -> None:
-    model = model.with_options(attention="sparse")
+@pytest.mark.parametrize("coverage", [None, 0.5])
+def test_short_continuations_are_dense(model: Qwen2Model, coverage: float | None) -> None:
+    model = model.with_options(attention="sparse", coverage=coverage)
     result = prefill(model, random_ids(500))
     assert result.stats.density < 1.0
-    assert prefill(model, random_ids(16), cache=result.cache).stats.density == 1.0
-    assert prefill(model, random_ids(17), cache=result.cache).stats.density < 1.0
+    assert (result.stats.kept is None) == (coverage is None)
+    for rows in (1, 17, 512):
+        continued = prefill(model, random_ids(rows), cache=result.cache).stats
+        assert continued.density == 1.0
+        assert continued.kept is None
+    assert prefill(model, random_ids(513), cache=result.cache).stats.density < 1.0
+
+
+@pytest.mark.parametrize("coverage", [None, 0.5])
+@pytest.mark.parametrize(("length", "last"), [(600, 24), (640, 64), (641, 1)])
+def test_the_last_block_of_a_prompt_is_dense(
+    write_checkpoint: WriteCheckpoint, coverage: float | None, length: int, last: int
+) -> None:
+    """With one layer, its rows alone have the logits of dense attention."""
+    directory = write_checkpoint(num_hidden_layers=1, dual_chunk_attention_config=DUAL_CHUNK, sparse=(30, 110))
+    model, ids = load_model(directory, attention="sparse", coverage=coverage), random_ids(length)
+    expected = prefill(model.with_options(attention="dense"), ids, logits="all").logits
+    for chunk_tokens in (4096, 192):
+        result = prefill(model, ids, logits="all", chunk_tokens=chunk_tokens)
+        difference = (result.logits - expected).abs().amax(1)
+        assert difference[-last:].max() < 5e-5
+        assert difference[-last - 64 : -last].max() > 1e-3
+        assert result.stats.density < 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -40,7 +40,7 @@ from .checkpoint import read_json
 from .config import SparseConfig, SparseSwitches, served_columns
 from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
-from .models.qwen2 import Queries, Qwen2Model
+from .models.qwen2 import Indexes, Queries, Qwen2Model
 from .passkey import make_prompt
 from .prefill import chunk_ends, token_tensor
 
@@ -146,24 +146,18 @@ class LayerRecall:
         )
 
     @torch.inference_mode()
-    def measure_coverage(self, coverage: float, ceiling: Sizes, ends: Sequence[int]) -> tuple[list[float], list[int]]:
-        """As :meth:`measure`, of index sets chosen by coverage, with the most columns and distances of a head."""
-        vertical, slash = ceiling
-        return self._measure(
-            lambda q, k: q.select_by_coverage(
-                k, self.scale, coverage, max_vertical=vertical, max_slash=slash, last_q=self.last_q
-            ),
-            ends,
-        )
+    def measure_coverage(self, coverage: float, ends: Sequence[int]) -> tuple[list[float], list[int]]:
+        """As :meth:`measure`, of block groups chosen by coverage."""
+        return self._measure(lambda q, k: q.select_by_coverage(k, self.scale, coverage), ends)
 
     def _measure(
-        self, select: Callable[[Queries, Tensor], tuple[Tensor, Tensor]], ends: Sequence[int]
+        self, select: Callable[[Queries, Tensor], Indexes], ends: Sequence[int]
     ) -> tuple[list[float], list[int]]:
         kept = torch.zeros(self.lse.shape[1], dtype=torch.float64, device=self.lse.device)
         attended = torch.zeros(self.lse.shape[1], dtype=torch.int64, device=self.lse.device)
         for start, end in pairwise([0, *ends]):
             q, (k, v) = self.queries(start, end), self.keys(end)
-            _, lse, pairs = q.attend_sparse(k, v, self.scale, *select(q, k))
+            _, lse, pairs = q.attend_sparse(k, v, self.scale, select(q, k))
             # A subset's sum cannot be larger, but two kernels may round differently.
             kept += (lse - self.lse[start:end]).double().exp_().clamp_(max=1).sum(0)
             attended += pairs
@@ -337,12 +331,12 @@ def measure_budgets(
     Args:
         model: the model.
         input_ids: the prompt.
-        sparse: the budgets; with a coverage, the index sets that it chooses.
+        sparse: the budgets; with a coverage, the block groups that it chooses.
         chunk_tokens: rows per prefill chunk; None: the device's default.
         progress: show a bar.
 
     Returns:
-        Sizes (clipped to the prompt; of a coverage, its ceilings), recall and attended pairs; ``base`` repeats them.
+        Sizes (clipped to the prompt; 0 with a coverage), recall and attended pairs; ``base`` repeats them.
 
     Raises:
         ValueError: bad tokens, or ``chunk_tokens`` below 1.
@@ -357,15 +351,15 @@ def measure_budgets(
     layers = []
     for layer in tqdm(range(model.config.num_layers), desc="measure", unit="layer", disable=not progress):
         meter, hidden = _dense_layer(_one_layer(model, layer), hidden, chunk_tokens, sparse.last_q)
-        sizes = [
-            (min(vertical, length), min(slash, length))
-            for vertical, slash in zip(sparse.vertical_sizes[layer], sparse.slash_sizes[layer], strict=True)
-        ]
         if sparse.coverage is None:
+            sizes = [
+                (min(vertical, length), min(slash, length))
+                for vertical, slash in zip(sparse.vertical_sizes[layer], sparse.slash_sizes[layer], strict=True)
+            ]
             measured = meter.measure(sizes, ends)
         else:
-            ceiling = max(sparse.vertical_sizes[layer]), max(sparse.slash_sizes[layer])
-            measured = meter.measure_coverage(sparse.coverage, ceiling, ends)
+            sizes = [(0, 0)] * model.config.num_heads
+            measured = meter.measure_coverage(sparse.coverage, ends)
         heads = zip(sizes, *measured, strict=True)
         layers.append(tuple(HeadBudget(*pair, recall, attended) for pair, recall, attended in heads))
     return Calibration(tuple(layers), tuple(layers), _causal_pairs(length))

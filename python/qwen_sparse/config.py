@@ -230,11 +230,6 @@ class DualChunkConfig:
         )
 
 
-COVERAGE_CEILING = 8192
-"""Most columns, and most distances, of a head whose sets are chosen by coverage. Published budgets exceed it for 233 of
-784 heads of Qwen2.5-7B-Instruct-1M (the most common pair is 1000 and 6096; the most are 22032 and 24528)."""
-
-
 def check_coverage(coverage: float) -> None:
     """Raises:
     ValueError: not in (0, 1).
@@ -271,37 +266,29 @@ class SparseSwitches:
 
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
-    """Budgets of vertical-slash attention (MInference): how many columns and distances each head gets."""
+    """What sparse prefill attends: vertical-slash attention by budgets (MInference), or block groups by coverage."""
 
-    vertical_sizes: tuple[tuple[int, ...], ...]
-    """``[num_layers][num_heads]``: number of columns."""
-    slash_sizes: tuple[tuple[int, ...], ...]
-    """``[num_layers][num_heads]``: number of distances."""
+    vertical_sizes: tuple[tuple[int, ...], ...] = ()
+    """``[num_layers][num_heads]``: number of columns; empty with a coverage."""
+    slash_sizes: tuple[tuple[int, ...], ...] = ()
+    """``[num_layers][num_heads]``: number of distances; empty with a coverage."""
     enabled: bool = True
     threshold: int = 32768
     """Prompts up to this many tokens run dense."""
     last_q: int = 64
     """Query rows that vote in the selection; at most 64."""
     coverage: float | None = None
-    """Share of the voting rows' attention that a head's sets are chosen for, in (0, 1); the sizes are ceilings then."""
+    """Share of attention that block groups are chosen to keep (:mod:`qwen_sparse.coverage`), in (0, 1); no budgets."""
 
     def __post_init__(self) -> None:
         for name, minimum, maximum in (("threshold", 0, LARGEST), ("last_q", 1, 64)):
             _integer({name: getattr(self, name)}, name, "SparseConfig", minimum=minimum, maximum=maximum)
         if self.coverage is not None:
             check_coverage(self.coverage)
-
-    @classmethod
-    def from_coverage(
-        cls, coverage: float, *, num_layers: int, num_heads: int, threshold: int = 32768, last_q: int = 64
-    ) -> SparseConfig:
-        """No budgets: every head takes what reaches ``coverage``, up to 8192 columns and 8192 distances.
-
-        Raises:
-            ValueError: ``coverage`` is not in (0, 1).
-        """
-        ceilings = ((COVERAGE_CEILING,) * num_heads,) * num_layers
-        return cls(ceilings, ceilings, threshold=threshold, last_q=last_q, coverage=coverage)
+        if (self.coverage is None) != bool(self.vertical_sizes and self.slash_sizes):
+            raise ValueError(
+                "SparseConfig must have budgets (vertical_sizes and slash_sizes) or a coverage, one of them"
+            )
 
     @classmethod
     def from_budgets(
@@ -410,7 +397,9 @@ class ModelConfig:
     """Of a checkpoint without budgets; :attr:`sparse` has its own."""
 
     def __post_init__(self) -> None:
-        for name in () if self.sparse is None else ("vertical_sizes", "slash_sizes"):
+        for name in (
+            () if self.sparse is None or self.sparse.coverage is not None else ("vertical_sizes", "slash_sizes")
+        ):
             heads = [len(layer) for layer in getattr(self.sparse, name)]
             if heads != [self.num_heads] * self.num_layers:
                 raise ValueError(
@@ -419,20 +408,13 @@ class ModelConfig:
                 )
 
     def with_coverage(self, coverage: float) -> ModelConfig:
-        """The same with index sets chosen by coverage instead of budgets; threshold and voting rows stay.
+        """The same with block groups chosen by coverage instead of budgets; the threshold stays.
 
         Raises:
             ValueError: ``coverage`` is not in (0, 1).
         """
         kept = self.sparse or self.sparse_switches
-        sparse = SparseConfig.from_coverage(
-            coverage,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            threshold=kept.threshold,
-            last_q=kept.last_q,
-        )
-        return replace(self, sparse=sparse)
+        return replace(self, sparse=SparseConfig(threshold=kept.threshold, last_q=kept.last_q, coverage=coverage))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, budgets: object = None) -> ModelConfig:

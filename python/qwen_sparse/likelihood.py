@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
 from .models.qwen2 import Qwen2Model
+from .models.stats import ForwardStats
 from .prefill import check_request, chunk_ends, token_tensor
 
-__all__ = ["Likelihoods", "likelihoods", "of_logits"]
+__all__ = ["LOGIT_ROWS", "Likelihoods", "last_hidden", "likelihoods", "of_logits"]
 
-_LOGIT_ROWS = 256  # of 152,064 words in float32: 156 MB
+LOGIT_ROWS = 256
+"""Rows whose logits are made at a time: of 152,064 words in float32, 156 MB."""
 
 
 class Likelihoods(NamedTuple):
@@ -66,11 +68,43 @@ def likelihoods(
     check_request(model, len(tokens), cache=cache, chunk_tokens=chunk_tokens)
     sparse = cache is None and model.prefills_sparse(len(tokens))
     cache = model.new_cache() if cache is None else cache
+    found, done = [], 0
+    for hidden in last_hidden(model, tokens, len(wanted), cache, sparse=sparse, chunk_tokens=chunk_tokens):
+        for rows in torch.split(hidden, LOGIT_ROWS):
+            found.append(of_logits(model.logits(rows), wanted[done : done + len(rows)]))
+            done += len(rows)
+    return Likelihoods(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+@torch.inference_mode()
+def last_hidden(
+    model: Qwen2Model,
+    tokens: Tensor,
+    rows: int,
+    cache: PagedKVCache,
+    *,
+    sparse: bool,
+    chunk_tokens: int,
+    stats: ForwardStats | None = None,
+) -> Iterator[Tensor]:
+    """What :meth:`Qwen2Model.logits` makes logits of, for the last ``rows`` of new tokens, prefill chunk by chunk.
+
+    Args:
+        model: the model.
+        tokens: int64 ``[n]``, n >= rows, on the model's device.
+        rows: how many; what precedes them runs without logits.
+        cache: what the tokens continue; they are added to it.
+        sparse: whether prefill chunks attend sparsely.
+        chunk_tokens: rows per prefill chunk.
+        stats: counters to add to; finished at the end.
+
+    Returns:
+        An iterator of ``[m, hidden]`` in the model's dtype, ``rows`` in all.
+    """
     start = cache.seqlen
     total = start + len(tokens)
     cache.reserve(total)
-    first = total - len(wanted)  # the position that predicts the first target
-    found = []
+    first = total - rows
     try:
         for begin, end in pairwise([start, *chunk_ends(start, total, chunk_tokens)]):
             hidden = model.forward(
@@ -79,13 +113,11 @@ def likelihoods(
                 prompt_len=total,
                 sparse=sparse,
                 output="hidden" if end > first else "none",
+                stats=stats,
             )
-            if hidden is None:
-                continue
-            for row in range(max(begin, first), end, _LOGIT_ROWS):
-                last = min(row + _LOGIT_ROWS, end)
-                logits = model.logits(hidden[row - begin : last - begin])
-                found.append(of_logits(logits, wanted[row - first : last - first]))
+            if hidden is not None:
+                yield hidden[max(first - begin, 0) :]
     finally:
         cache.pool.release_workspace()
-    return Likelihoods(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        if stats is not None:
+            stats.finish()

@@ -114,7 +114,10 @@ def estimate_memory(
       256 H (2 n / 2048 + 1); or, once these are gone, for the top-k, on a CPU 8 n per thread, on a GPU
       (24600 + 8 n / 16384) H. Attention:
       the columns' keys and values, 2 H V D b, a bit per key and head, and the slash runs, 16 H S at most (8 H S
-      on a GPU, which also takes a bit per column, head and 64 rows of a chunk).
+      on a GPU, which also takes a bit per column, head and 64 rows of a chunk). With a coverage, block groups: a bit
+      per 16 keys, head and 64 rows of a chunk, H (T / 64 + 1) n / 128 (115 MB at 1M tokens for 28 heads and chunks of
+      32768), thresholds and shares, 8 H (T / 64 + 1), and what chooses them: the pooled keys, Hkv (n / 16) D b; on a
+      CPU scores, 16 n per thread; on a GPU the pooled rows in every rotation, H (T / 16) D b, and partial sums.
     - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; CPUs that multiply 16-bit
       matrices in float32: the MLP's activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and
       results, at most 48 MB; I is then not in the activations. Otherwise 0.
@@ -196,11 +199,38 @@ def estimate_calibration_memory(
 def _most_index_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *, on_gpu: bool) -> int:
     if config.sparse is None:
         return 0
+    if config.sparse.coverage is not None:
+        return group_bytes(config, rows, seqlen, item, on_gpu=on_gpu)
     budgets = zip(config.sparse.vertical_sizes, config.sparse.slash_sizes, strict=True)
     return max(
         index_bytes(config.num_heads, config.head_dim, rows, seqlen, max(vertical), max(slash), item, on_gpu=on_gpu)
         for vertical, slash in budgets
     )
+
+
+def group_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *, on_gpu: bool) -> int:
+    """Memory that choosing and using one layer's block groups takes at once, queries and results aside.
+
+    What the kernels ask for: ``select_groups_workspace`` of the backends in csrc, and on a CPU the scratch memory of its
+    threads.
+
+    Args:
+        config: the model.
+        rows: queries, of one prefill chunk.
+        seqlen: keys.
+        item: bytes per element of keys and queries.
+        on_gpu: whether the CUDA kernels run.
+    """
+    heads, head_dim = config.num_heads, config.head_dim
+    groups, blocks = -(-seqlen // 16), -(-seqlen // 64) - (seqlen - rows) // 64
+    bitmap = 4 * heads * blocks * -(-groups // 32)
+    pooled_keys = config.num_kv_heads * groups * head_dim * item
+    if on_gpu:
+        tiles, splits, rotations = heads * -(-blocks // 16), -(-groups // 1024), 3 if config.dual_chunk else 1
+        choosing = rotations * heads * blocks * 4 * head_dim * item + 4 * tiles * (splits * (64 + 16) + 64)
+    else:
+        choosing = 4 * 64 * groups * min(torch.get_num_threads(), heads * -(-blocks // 16))
+    return bitmap + 8 * heads * blocks + pooled_keys + choosing
 
 
 def index_bytes(

@@ -26,7 +26,7 @@ from .memory import (
     kv_cache_bytes,
     peak_resident_memory,
 )
-from .models.qwen2 import DECODE_ROWS, Qwen2Model
+from .models.qwen2 import Qwen2Model
 from .models.stats import ForwardStats, Phase
 
 __all__ = ["PrefillResult", "PrefillStats", "check_request", "prefill", "token_tensor"]
@@ -46,6 +46,9 @@ class PrefillStats:
     """Wall time of the call."""
     density: float
     """Attended pairs over causal pairs of the same rows, mean over layers and heads; 1 when dense."""
+    kept: float | None
+    """With a coverage: the share of attention that its block groups are estimated to hold, mean over layers, heads and
+    blocks of rows; what they really hold is `qwen-sparse eval recall`'s. None when dense or by budgets."""
     peak_memory: int
     """Largest resident memory of the process during the call, bytes: exact when the call set a new record for
     the process, else the largest value seen at the fullest points of every layer. On a GPU, the largest memory
@@ -82,14 +85,16 @@ def prefill(
         model: the model.
         input_ids: the new tokens, a sequence of ints or a tensor ``[n]`` of any integer dtype.
         chunk_tokens: rows per prefill chunk; when None, 16384 on a CPU and 32768 on a GPU. Dense results do not
-            depend on it up to rounding; sparse indexes are chosen once per chunk.
+            depend on it up to rounding, nor do block groups (a coverage); the columns and distances of budgets are
+            chosen once per chunk.
         cache: continue this cache (``model.new_cache()`` or an earlier result's); a new one when None. When
             anything is raised on the way, it holds the whole chunks that were finished, and can be used.
         progress: show a bar with tokens per second and the time left.
         logits: of the "last" position, or of "all" new positions (n x vocabulary x 4 bytes).
 
     Returns:
-        Logits, cache and statistics. Up to 16 new tokens on top of a cache are a decode step: dense.
+        Logits, cache and statistics. Rows that are read are dense also where prefill is sparse: the prompt's last block
+        (of 64 positions), and up to 512 new tokens on top of a cache.
 
     Raises:
         ValueError: empty or out-of-range tokens, a foreign cache, or a sequence over ``model.max_seq_len``.
@@ -113,7 +118,7 @@ def prefill(
     began, record = time.perf_counter(), peak_resident_memory()
     cache = model.new_cache() if cache is None else cache
     cache.reserve(total)
-    sparse = model.prefills_sparse(total) and not (cached and tokens.shape[0] <= DECODE_ROWS)
+    sparse = model.prefills_sparse(total, cached)
     stats = ForwardStats(model.device, sampling=True)
     outputs = []
     ends = chunk_ends(cached, total, chunk_tokens)
@@ -147,6 +152,7 @@ def prefill(
             seconds=stats.seconds,
             total_seconds=time.perf_counter() - began,
             density=stats.attended_pairs / stats.causal_pairs,
+            kept=stats.kept,
             peak_memory=peak if peak > record else stats.peak_memory,
         ),
     )

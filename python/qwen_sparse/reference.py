@@ -366,7 +366,7 @@ def select_block_groups(
     attended |= (g < NUM_FORCED_GROUPS) | (g >= own - BLOCK_M // GROUP_KEYS)
     attended &= g < own + BLOCK_M // GROUP_KEYS
     kept = (shares * attended).sum(-1).float()
-    bits = torch.nn.functional.pad(attended, (0, -num_groups % 32)).unflatten(-1, (-1, 32)).long()
+    bits = torch.nn.functional.pad(attended, (0, -num_groups % 32)).view(*attended.shape[:2], -1, 32).long()
     words = (bits << torch.arange(32)).sum(-1)
     return words.to(torch.int32), kept
 

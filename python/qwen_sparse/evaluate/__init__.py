@@ -11,6 +11,7 @@ from __future__ import annotations
 from .modes import Mode, default_modes
 from .needles import niah, passkey, variable_tracking
 from .perplexity import evaluate_perplexity
+from .probes import Probe, ProbedText, evaluate_probes, make_probed_text
 from .prompts import Needle, Prompt, Task, make_prompt
 from .questions import question_answering, read_questions
 from .recall import evaluate_recall
@@ -21,15 +22,19 @@ __all__ = [
     "Answer",
     "Mode",
     "Needle",
+    "Probe",
+    "ProbedText",
     "Prompt",
     "Task",
     "answer",
     "common_words",
     "default_modes",
     "evaluate_perplexity",
+    "evaluate_probes",
     "evaluate_recall",
     "evaluate_tasks",
     "frequent_words",
+    "make_probed_text",
     "make_prompt",
     "niah",
     "passkey",

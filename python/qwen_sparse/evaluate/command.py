@@ -20,6 +20,7 @@ from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes
 from .needles import niah, passkey, variable_tracking
 from .perplexity import evaluate_perplexity
+from .probes import MOST_PROBES, evaluate_probes
 from .prompts import Task
 from .questions import question_answering, read_questions
 from .recall import evaluate_recall, sparse_modes
@@ -37,6 +38,10 @@ _TASKS = {
     "recall": "no answers: how much attention sparse prefill keeps, by layer and head",
 }
 _UNITS = {"k": 2**10, "m": 2**20}
+_SHOWN = (
+    "accuracy", "exact_match", "perplexity", "kl", "same_top", "recall", "lowest_recall", "density", "seconds"
+)  # fmt: skip
+_FORMATS = {"kl": "{:.4f}", "perplexity": "{:.3f}", "seconds": "{:.2f}"}  # of what is no share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +53,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name not in ("perplexity", "recall"):
             task.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
         if name in ("passkey", "niah", "ruler", "qa"):
-            task.add_argument("--depths", type=_depths, default=[0, 0.25, 0.5, 0.75, 1], help="0,0.25,0.5,0.75,1")
-            task.add_argument("--samples", type=int, default=4, help="prompts per length and depth (4)")
+            task.add_argument("--depths", type=_depths, help="0,0.25,0.5,0.75,1")
+            task.add_argument("--samples", type=int, help="prompts per length and depth (4; texts with --probes: 1)")
     for name in ("passkey", "niah", "ruler"):
         parsers[name].add_argument("--seed", type=int, default=0, help="of the prompts (0)")
-        parsers[name].add_argument("--haystack", help="grass, sentences or a text file")
+        parsers[name].add_argument("--haystack", "--text", help="grass, sentences or a text file")
+    parsers["niah"].add_argument("--needles", type=int, nargs="+", help="numbers in the text, each count a task (1 4)")
     parsers["niah"].add_argument(
-        "--needles", type=int, nargs="+", default=[1, 4], help="numbers in the text, each count a task (1 4)"
+        "--probes",
+        type=int,
+        help="this many needles at even depths of one text, which is prefilled once per mode and length, then each "
+        f"needle's question answered from the cache (1 to {MOST_PROBES})",
     )
     parsers["qa"].add_argument("--questions", type=Path, required=True, help="JSON lines: context, question, answers")
     parsers["qa"].add_argument("--answer-tokens", type=int, default=32, help="most tokens of an answer (32)")
     parsers["qa"].add_argument("--seed", type=int, default=0, help="of the order of documents (0)")
     parsers["perplexity"].add_argument("--text", type=Path, required=True, help="text file to predict")
-    parsers["perplexity"].add_argument("--window", type=int, default=256, help="tokens predicted at a time (256)")
-    parsers["perplexity"].add_argument("--samples", type=int, default=8, help="windows (8)")
+    measured = parsers["perplexity"].add_mutually_exclusive_group()
+    measured.add_argument("--tail", type=int, help="predict the last tokens of prompts of each length (2048)")
+    measured.add_argument("--window", type=int, help="or this many tokens as a prefill chunk behind their context")
+    parsers["perplexity"].add_argument("--samples", type=int, help="tails (1) or windows (8), spread over the text")
+    parsers["perplexity"].add_argument(
+        "--reference",
+        type=_mode,
+        help="mode to compare all with (of each mode: rope or dca, its own rotation)",
+    )
 
     text = parsers["recall"].add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, help="text file whose first tokens are measured")
@@ -101,8 +117,12 @@ def _depths(text: str) -> list[float]:
 
 
 def _modes(text: str) -> list[str]:
+    return list(dict.fromkeys(_mode(name) for name in text.split(",")))
+
+
+def _mode(text: str) -> str:
     try:
-        return list(dict.fromkeys(Mode.parse(name).name for name in text.split(",")))
+        return Mode.parse(text).name
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -121,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, MemoryError: in one line, what is wrong; before anything is computed.
     """
+    _set_defaults(args)
     if args.figures:
         require_matplotlib()
     model = load_model(  # modes choose the attention
@@ -138,14 +159,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _set_defaults(args: argparse.Namespace) -> None:
+    """Defaults that depend on other options, so that results say what was run.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    probes = getattr(args, "probes", None)
+    for name in ("depths", "needles"):
+        if probes is not None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} goes without --probes, which puts a needle for each question at even depths")
+    if args.task == "perplexity":
+        defaults: dict[str, Any] = {"samples": 8} if args.window is not None else {"samples": 1, "tail": 2048}
+    elif probes is None:
+        defaults = {"samples": 4, "depths": [0, 0.25, 0.5, 0.75, 1], "needles": [1, 4]}
+    else:
+        defaults = {"samples": 1}
+    for name, value in defaults.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+
+
 def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     progress = sys.stderr.isatty()
     text = None if getattr(args, "text", None) is None else read_text(args.text)
     if args.task == "recall":
         return evaluate_recall(model, text, modes, args.lengths, seed=args.seed, progress=progress)
     if text is not None:
-        options = {"window": args.window, "samples": args.samples, "progress": progress}
+        options = {"samples": args.samples, "reference": args.reference, "progress": progress}
+        options |= {"tail": args.tail} if args.window is None else {"window": args.window}
         return evaluate_perplexity(model, text, modes, args.lengths, **options)
+    if getattr(args, "probes", None) is not None:
+        options = {"seed": args.seed, "chat": args.chat, "progress": progress, **_hay(args)}
+        return evaluate_probes(model, args.probes, modes, args.lengths, args.samples, **options)
     return evaluate_tasks(
         model,
         _tasks(args),
@@ -162,7 +208,7 @@ def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> 
 def _tasks(args: argparse.Namespace) -> list[Task]:
     if args.task == "qa":
         return [question_answering(read_questions(args.questions), answer_tokens=args.answer_tokens)]
-    hay = {} if args.haystack is None else {"hay": args.haystack}
+    hay = _hay(args)
     if args.task == "passkey":
         return [passkey(**hay)]
     if args.task == "niah":
@@ -170,10 +216,16 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     return [niah(1, **hay), niah(4, **hay), variable_tracking(**hay), common_words(), frequent_words()]
 
 
+def _hay(args: argparse.Namespace) -> dict[str, str]:
+    return {} if args.haystack is None else {"hay": args.haystack}
+
+
 def _write(args: argparse.Namespace, model: Qwen2Model, modes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """Files by name only: a result says which one, not where it lay."""
     left_out = ("run", "command", "task", "output", "figures", "model", "modes")
     options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    if options.get("haystack") is not None:
+        options["haystack"] = Path(args.haystack).name
     record = {
         "benchmark": f"eval {args.task}",
         "version": __version__,
@@ -191,7 +243,8 @@ def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
     """The mean over depths, a row for each task, mode and length."""
     cells: dict[tuple[str, str, int], list[float]] = {}
     for row in rows:
-        cells.setdefault((row["task"], row["mode"], row["length"]), []).append(row[value])
+        if value in row:
+            cells.setdefault((row["task"], row["mode"], row["length"]), []).append(row[value])
     return [
         {"task": task, "mode": mode, "length": length, value: statistics.mean(values)}
         for (task, mode, length), values in cells.items()
@@ -199,8 +252,8 @@ def _means(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
 
 
 def _print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    for value in ("accuracy", "exact_match", "perplexity", "recall", "lowest_recall", "density"):
-        if value in rows[0]:
+    for value in _SHOWN:
+        if any(value in row for row in rows):
             print(f"\n{value.replace('_', ' ')}")
             print(_table(_means(rows, value), value))
 
@@ -211,7 +264,7 @@ def _table(means: Sequence[dict[str, Any]], value: str) -> str:
     lines = [["task", "mode", *(length_label(length) for length in lengths)]]
     for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in means):
         numbers = [cells[task, mode, length] for length in lengths]
-        lines.append([task, mode, *(f"{n:.3f}" if value == "perplexity" else f"{n:.1%}" for n in numbers)])
+        lines.append([task, mode, *(_FORMATS.get(value, "{:.1%}").format(number) for number in numbers)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

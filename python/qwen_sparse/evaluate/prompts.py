@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from ..documents import read_text
 from ..passkey import GRASS, SENTENCES
@@ -23,8 +23,12 @@ __all__ = [
     "Needle",
     "Prompt",
     "Scoring",
+    "Sized",
     "Task",
+    "answer_tokens",
+    "chat_turn",
     "haystack",
+    "longest",
     "make_prompt",
     "place",
 ]
@@ -88,6 +92,11 @@ class Prompt:
     units: int
     """Units of filler."""
 
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.tokens) + self.max_new_tokens
+
 
 def make_prompt(
     task: Task,
@@ -120,32 +129,51 @@ def make_prompt(
         rng = random.Random(f"{seed} {task.name} {length} {depth if task.has_depth else None} {sample}")
         return _render(task, task.write(units, depth, rng, sample), units, tokenizer, chat)
 
-    def size(prompt: Prompt) -> int:
-        return len(prompt.tokens) + prompt.max_new_tokens
+    return longest(attempt, length, task.name, task.most_units)
 
+
+class Sized(Protocol):
+    """What :func:`longest` looks for."""
+
+    @property
+    def units(self) -> int:
+        """Units of filler."""
+
+    @property
+    def size(self) -> int:
+        """Tokens, with those kept for an answer."""
+
+
+T = TypeVar("T", bound=Sized)
+
+
+def longest(attempt: Callable[[int], T], length: int, name: str, most_units: int | None = None) -> T:
+    """Of ``attempt(0)``, ``attempt(1)``, … up to ``attempt(most_units)``, the largest of at most ``length`` tokens.
+
+    Raises:
+        ValueError: ``attempt(0)`` is larger; ``name`` says of what.
+    """
     best = attempt(0)
-    if size(best) > length:
-        raise ValueError(
-            f"length must be at least {size(best)} tokens for {task.name} (prompt and answer), got {length}"
-        )
-    end = None if task.most_units is None else task.most_units + 1
+    if best.size > length:
+        raise ValueError(f"length must be at least {best.size} tokens for {name} (prompt and answer), got {length}")
+    end = None if most_units is None else most_units + 1
     # The size of a unit is known roughly, from those so far: a guess by it, and every third time the middle.
     unit_size, tries = 0.0, 0
     while end is None or best.units + 1 < end:
         tries += 1
-        units = best.units + (max(1, int((length - size(best)) / unit_size)) if unit_size else 32)
+        units = best.units + (max(1, int((length - best.size) / unit_size)) if unit_size else 32)
         if end is not None:
             units = (best.units + end) // 2 if tries % 3 == 0 else min(units, end - 1)
-        prompt = attempt(units)
-        unit_size = max((size(prompt) - size(best)) / (units - best.units), 0.01)
-        if size(prompt) <= length:
-            best = prompt
+        tried = attempt(units)
+        unit_size = max((tried.size - best.size) / (units - best.units), 0.01)
+        if tried.size <= length:
+            best = tried
         else:
             end = units
     return best
 
 
-def _answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> int:
+def answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> int:
     """Tokens kept for an answer: twice those of the right one, for numbering and the like, and eight."""
     return 2 * len(tokenizer.encode(", ".join(answers))) + 8
 
@@ -153,20 +181,33 @@ def _answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> int:
 def _render(task: Task, draft: Draft, units: int, tokenizer: Tokenizer, chat: bool) -> Prompt:
     text, shift = f"{draft.text} {draft.opening}", 0
     if chat:
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": draft.text}])
-        shift = turn.find(draft.text)
-        if shift < 0:
-            raise ValueError(f"{task.name}: the chat template must not change the message, and it does")
+        shift, turn = chat_turn(tokenizer, draft.text, task.name)
         text = turn + draft.opening
     return Prompt(
         tokens=tokenizer.encode(text),
         text=text,
         answers=draft.answers,
         scoring=task.scoring,
-        max_new_tokens=task.answer_tokens or _answer_tokens(tokenizer, draft.answers),
+        max_new_tokens=task.answer_tokens or answer_tokens(tokenizer, draft.answers),
         needles=tuple(Needle(needle.text, needle.start + shift) for needle in draft.needles),
         units=units,
     )
+
+
+def chat_turn(tokenizer: Tokenizer, message: str, name: str) -> tuple[int, str]:
+    """The message in the user's turn of the chat template, to the opening of the assistant's.
+
+    Returns:
+        The character at which the message begins, and the text.
+
+    Raises:
+        ValueError: there is no template, or one that changes the message; ``name`` says whose.
+    """
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": message}])
+    start = turn.find(message)
+    if start < 0:
+        raise ValueError(f"{name}: the chat template must not change the message, and it does")
+    return start, turn
 
 
 def place(header: str, filler: Sequence[str], needles: Iterable[tuple[float, str]]) -> tuple[str, tuple[Needle, ...]]:

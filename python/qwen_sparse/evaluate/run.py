@@ -19,9 +19,10 @@ from .modes import Mode
 from .prompts import Prompt, Task, make_prompt
 from .scoring import exact_match, score
 
-__all__ = ["Answer", "answer", "check_lengths", "evaluate_tasks"]
+__all__ = ["WRONG_SHOWN", "Answer", "answer", "check_lengths", "evaluate_tasks"]
 
-_WRONG_SHOWN = 3
+WRONG_SHOWN = 3
+"""Most answers in the ``wrong`` of a row."""
 
 
 @dataclass(frozen=True)
@@ -153,5 +154,5 @@ def _row(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Any]
             [list(prompt.answers), given.text]
             for (prompt, given), value in zip(pairs, scores, strict=True)
             if value < 1
-        ][:_WRONG_SHOWN],
+        ][:WRONG_SHOWN],
     }

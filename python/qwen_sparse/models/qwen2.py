@@ -9,9 +9,10 @@ Which attention runs:
 
 - rotations: plain RoPE in ``forward`` while the sequence fits the chunk length (Dual Chunk Attention equals it
   there), else the three rotations of Dual Chunk Attention (arXiv 2402.17463);
-- kernel: vertical-slash attention for a sparse prefill (indexes chosen per layer and prefill chunk,
-  MInference, arXiv 2407.02490), else dense; up to 16 dense rows read the cache's pages directly, more read
-  its workspace.
+- keys: for a sparse prefill, by the config, block groups (chosen per head and 64 rows, :mod:`qwen_sparse.coverage`)
+  or vertical-slash attention (chosen per head and prefill chunk, MInference, arXiv 2407.02490), but for the prompt's
+  last block, whose rows are read; else all. Up to 16 dense rows read the cache's pages directly, more read its
+  workspace.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,22 @@ from ..tokenizer import Tokenizer
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
 
-__all__ = ["AttentionMode", "LayerWeights", "Output", "Queries", "Qwen2Model", "Qwen2Weights", "check_coverage"]
+__all__ = [
+    "AttentionMode",
+    "Indexes",
+    "LayerWeights",
+    "Output",
+    "Queries",
+    "Qwen2Model",
+    "Qwen2Weights",
+    "check_coverage",
+]
 
 DECODE_ROWS = 16
 """Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
+
+CONTINUATION_ROWS = 512
+"""Up to this many rows behind a cache are dense: questions about what was cached, whose rows are read."""
 
 _NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
@@ -61,6 +74,7 @@ AttentionMode = Literal["auto", "dense", "sparse"]
 Output = Literal["all", "last", "none", "hidden"]
 
 _ops = torch.ops.qwen_sparse
+_BLOCK_M = 64  # rows of a block of sparse attention
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +114,30 @@ class Qwen2Weights:
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
+class Indexes(NamedTuple):
+    """What sparse attention attends: columns and distances, or block groups."""
+
+    vertical: Tensor | None = None
+    """int32 ``[num_heads, V]``; see :func:`qwen_sparse.ops.vertical_slash_attention`."""
+    slash: Tensor | None = None
+    """int32 ``[num_heads, S]``."""
+    groups: Tensor | None = None
+    """int32 ``[num_heads, num_blocks, words]``; see :func:`qwen_sparse.ops.block_group_attention`."""
+    kept: Tensor | None = None
+    """float32 ``[num_heads, num_blocks]``: share of attention that the groups are estimated to hold."""
+
+    def last(self, rows: int, num_keys: int) -> Indexes:
+        """Of the last rows alone."""
+        if self.groups is None:
+            return self
+        return self._replace(groups=self.groups[:, -ops.row_blocks(rows, num_keys) :].contiguous())
+
+    def before(self, position: int) -> Indexes:
+        """Of the rows before a position: without the columns from there on and the distances that no row has."""
+        vertical, slash = (None if x is None else torch.where(x < position, x, -1) for x in (self.vertical, self.slash))
+        return self._replace(vertical=vertical, slash=slash)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Queries:
     """Rotated queries of one layer ``[n, num_heads, head_dim]``; only ``q`` while plain RoPE does."""
@@ -117,11 +155,16 @@ class Queries:
         q_succ, q_inter = (None if q is None else q[-rows:] for q in (self.q_succ, self.q_inter))
         return Queries(self.q[-rows:], q_succ, q_inter, self.chunk_len)
 
+    def before(self, rows: int) -> Queries:
+        """Without the last rows, for attention."""
+        q_succ, q_inter = (None if q is None else q[: q.shape[0] - rows] for q in (self.q_succ, self.q_inter))
+        return Queries(self.q[: self.q.shape[0] - rows], q_succ, q_inter, self.chunk_len)
+
     def select(
         self, k: Tensor, scale: float, *, vertical_size: Sequence[int], slash_size: Sequence[int], last_q: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Indexes:
         """Columns and distances by the last rows' votes; see :func:`qwen_sparse.ops.select_vertical_slash`."""
-        return ops.select_vertical_slash(
+        vertical, slash = ops.select_vertical_slash(
             self.q,
             k,
             vertical_size=vertical_size,
@@ -132,24 +175,20 @@ class Queries:
             q_inter=self.q_inter_critical,
             chunk_len=self.chunk_len,
         )
+        return Indexes(vertical, slash)
 
-    def select_by_coverage(
-        self, k: Tensor, scale: float, coverage: float, *, max_vertical: int, max_slash: int, last_q: int
-    ) -> tuple[Tensor, Tensor]:
-        """Columns and distances that hold a share of the votes; see :func:`qwen_sparse.coverage.select_by_coverage`."""
-        vertical, slash, _ = select_by_coverage(
+    def select_by_coverage(self, k: Tensor, scale: float, coverage: float) -> Indexes:
+        """Block groups that keep a share of attention; see :func:`qwen_sparse.coverage.select_by_coverage`."""
+        groups, kept = select_by_coverage(
             self.q,
             k,
             coverage=coverage,
-            max_vertical=max_vertical,
-            max_slash=max_slash,
-            last_q=last_q,
             softmax_scale=scale,
-            q_succ=self.q_succ_critical,
-            q_inter=self.q_inter_critical,
+            q_succ=self.q_succ,
+            q_inter=self.q_inter,
             chunk_len=self.chunk_len,
         )
-        return vertical, slash
+        return Indexes(groups=groups, kept=kept)
 
     def attend_dense(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output like ``q`` and log-sum-exp, float32 ``[n, num_heads]``, over all keys."""
@@ -161,17 +200,18 @@ class Queries:
             )
         return out, lse
 
-    def attend_sparse(
-        self, k: Tensor, v: Tensor, scale: float, vertical: Tensor, slash: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_sparse(self, k: Tensor, v: Tensor, scale: float, indexes: Indexes) -> tuple[Tensor, Tensor, Tensor]:
         """Output, log-sum-exp and the number of pairs that each head attended, int64 ``[num_heads]``."""
+        vertical, slash, groups, _ = indexes
         # The torch ops, not their wrappers: they also count what was attended.
-        if self.chunk_len is None:
-            out, lse, attended = _ops.vertical_slash_attention(self.q, k, v, vertical, slash, scale)
-        else:
+        if self.chunk_len is not None:
             out, lse, attended = _ops.dual_chunk_attention(
-                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, None, scale
+                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, groups, scale
             )
+        elif groups is not None:
+            out, lse, attended = _ops.block_group_attention(self.q, k, v, groups, scale)
+        else:
+            out, lse, attended = _ops.vertical_slash_attention(self.q, k, v, vertical, slash, scale)
         return out, lse, attended
 
 
@@ -196,6 +236,8 @@ class _Step:
     num_keys: int = 0
     """``seqlens_k`` of that sequence."""
     sparse: bool = False
+    dense_rows: int = 0
+    """Of a sparse step, rows at its end that attend all keys nonetheless: those of the prompt's last block."""
     lse: Tensor | None = None
     """float32 ``[rows, num_heads]``, where dense attention of all rows leaves its log-sum-exp."""
 
@@ -363,9 +405,14 @@ class Qwen2Model:
             )
         return PagedKVCache.owning(self.new_pool(0), capacity)
 
-    def prefills_sparse(self, prompt_len: int) -> bool:
-        """Whether a prompt of this many tokens, cached ones included, is prefilled with sparse attention."""
+    def prefills_sparse(self, prompt_len: int, cached: int = 0) -> bool:
+        """Whether a prompt of this many tokens is prefilled with sparse attention where ``cached`` of them are cached.
+
+        Up to 512 tokens behind cached ones are not, whatever the model's attention: their rows are read.
+        """
         sparse = self.config.sparse
+        if cached and prompt_len - cached <= CONTINUATION_ROWS:
+            return False
         if self.attention != "auto" or sparse is None:
             return self.attention == "sparse"
         return sparse.enabled and prompt_len > sparse.threshold
@@ -396,7 +443,8 @@ class Qwen2Model:
             cache: tokens so far; grows by n, or stays as it was if anything is raised.
             prompt_len: length of the whole prompt when this is one of its prefill chunks; the temperature of
                 Dual Chunk Attention follows the larger of it and the current length.
-            sparse: vertical-slash attention, with indexes chosen from this chunk's last rows.
+            sparse: block groups or vertical-slash attention, by the config; the prompt's last 64 rows (from a multiple
+                of 64 on) are dense all the same.
             output: "all" rows' logits, those of the "last" row, "none", or all rows as :meth:`logits` takes them
                 ("hidden").
             stats: counters to add to.
@@ -500,6 +548,7 @@ class Qwen2Model:
         self, num_rows: int, cache: PagedKVCache, prompt_len: int, sparse: bool, stats: ForwardStats
     ) -> _Step:
         end = cache.seqlen + num_rows
+        length = max(prompt_len, end)
         slots = cache.next_slots(num_rows)  # may grow the block table
         return _Step(
             pool=cache.pool,
@@ -507,11 +556,12 @@ class Qwen2Model:
             block_table=cache.block_table,
             seqlens_k=torch.full((1,), end, dtype=torch.int32, device=self.device),
             dual_chunk=self._beyond_chunk(end),
-            scale=self.softmax_scale(max(prompt_len, end)),
+            scale=self.softmax_scale(length),
             stats=stats,
             cache=cache,
             num_keys=end,
             sparse=sparse,
+            dense_rows=max(0, end - (length - 1) // _BLOCK_M * _BLOCK_M),
         )
 
     def _run(self, input_ids: Tensor, output_rows: int, step: _Step) -> Tensor:
@@ -578,10 +628,11 @@ class Qwen2Model:
         stats, cache, num_keys = step.stats, step.cache, step.num_keys
         if cache is None:
             return self._attend_pages(layer, q, step)
-        pairs = rows * (2 * num_keys - rows + 1) // 2 * self.config.num_heads
-        if step.sparse:
-            out, attended = self._attend_sparse(layer, q, rows, cache, step)
-            stats.count(attended, pairs)
+        pairs = _causal_pairs(rows, num_keys) * self.config.num_heads
+        if step.sparse and rows > step.dense_rows:
+            k, v = cache.workspace(layer, num_keys)
+            stats.lap("cache")
+            out = self._attend_sparse(layer, q, rows, k, v, step)
         elif rows <= DECODE_ROWS and step.lse is None:
             out = self._attend_pages(layer, q.last(rows), step)
             stats.count(pairs, pairs)
@@ -595,30 +646,30 @@ class Qwen2Model:
         stats.lap("attention")
         return out
 
-    def _attend_sparse(
-        self, layer: int, q: Queries, rows: int, cache: PagedKVCache, step: _Step
-    ) -> tuple[Tensor, Tensor]:
-        """Vertical-slash attention with freshly chosen indexes, and how many pairs each head attended."""
-        sparse = self.config.sparse
+    def _attend_sparse(self, layer: int, q: Queries, rows: int, k: Tensor, v: Tensor, step: _Step) -> Tensor:
+        """Attention over freshly chosen keys, but dense for the last rows of the step that are to be."""
+        sparse, stats, tail = self.config.sparse, step.stats, step.dense_rows
         if sparse is None:
-            raise ValueError("forward: sparse needs budgets, and this model has none")
-        k, v = cache.workspace(layer, step.num_keys)
-        step.stats.lap("cache")
-        columns, distances = sparse.vertical_sizes[layer], sparse.slash_sizes[layer]
+            raise ValueError("forward: sparse needs budgets or a coverage, and this model has neither")
+        before, position = q.before(tail), k.shape[0] - tail
         if sparse.coverage is None:
-            vertical, slash = q.select(k, step.scale, vertical_size=columns, slash_size=distances, last_q=sparse.last_q)
+            sizes = {"vertical_size": sparse.vertical_sizes[layer], "slash_size": sparse.slash_sizes[layer]}
+            indexes = q.select(k, step.scale, **sizes, last_q=sparse.last_q).before(position)
         else:
-            vertical, slash = q.select_by_coverage(
-                k,
-                step.scale,
-                sparse.coverage,
-                max_vertical=max(columns),
-                max_slash=max(distances),
-                last_q=sparse.last_q,
-            )
-        step.stats.lap("selection")
-        out, _, attended = q.last(rows).attend_sparse(k, v, step.scale, vertical, slash)
-        return out, attended
+            indexes = before.select_by_coverage(k[:position], step.scale, sparse.coverage)
+            assert indexes.kept is not None
+            stats.estimate(indexes.kept)
+        stats.lap("selection")
+        out, _, attended = before.last(rows - tail).attend_sparse(
+            k[:position], v[:position], step.scale, indexes.last(rows - tail, position)
+        )
+        stats.count(attended, _causal_pairs(rows - tail, position) * self.config.num_heads)
+        if tail == 0:
+            return out
+        dense, _ = q.last(tail).attend_dense(k, v, step.scale)
+        pairs = _causal_pairs(tail, k.shape[0]) * self.config.num_heads
+        stats.count(pairs, pairs)
+        return torch.cat((out, dense))
 
     def _attend_pages(self, layer: int, q: Queries, step: _Step) -> Tensor:
         """Dense attention of a few rows per sequence, read from the pages."""
@@ -644,6 +695,11 @@ class Qwen2Model:
             **step.pool.bias_arguments(layer),
         )
         return cast(Tensor, out).flatten(0, 1)
+
+
+def _causal_pairs(rows: int, num_keys: int) -> int:
+    """Of the last rows."""
+    return rows * (2 * num_keys - rows + 1) // 2
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

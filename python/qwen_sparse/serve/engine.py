@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import PAGE_SIZE
 from ..kv_cache import PagedKVCache
 from ..memory import available_memory, default_chunk_tokens, format_bytes
-from ..models.qwen2 import DECODE_ROWS, Qwen2Model
+from ..models.qwen2 import Qwen2Model
 from ..prefill import chunk_ends, token_tensor
 from .batch import DecodeBatch
 from .pages import PageAllocator
@@ -302,7 +302,7 @@ class Engine:
         # The output so far in chunks of its own: the prompt's are then those they were the first time.
         sequence.chunk_ends = chunk_ends(cached, prompt, self.chunk_tokens)
         sequence.chunk_ends += chunk_ends(max(cached, prompt), total, self.chunk_tokens)
-        sequence.sparse = sparse and not (cached and prompt - cached <= DECODE_ROWS)
+        sequence.sparse = self.model.prefills_sparse(prompt, cached)
         if sequence.scheduled is None:
             sequence.scheduled, sequence.cached_tokens = time.monotonic(), cached
             self._prefix_queries += prompt
