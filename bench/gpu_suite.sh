@@ -75,8 +75,8 @@ run_tests() {
   "$PYTHON" -m pytest -m cuda -q --continue-on-collection-errors --junitxml="$OUT/tests.xml" \
     --ignore=tests/test_chat.py --ignore-glob='tests/test_serve_[!e]*.py' tests || status=1
   if is_hopper; then
-    QWEN_SPARSE_CUDA_ARCH=sm80 "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests_sm80.xml" tests/test_attention.py ||
-      status=1
+    QWEN_SPARSE_CUDA_ARCH=sm80 "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests_sm80.xml" \
+      tests/test_attention.py tests/test_block_groups.py || status=1
   fi
   return "$status"
 }
@@ -85,11 +85,12 @@ run_tests() {
 # for, so a case that is skipped is one that was to run and did not.
 check_memory() {
   local log=build/gpu-suite/check_memory.log tool
-  local cases="ragged_tail or per_head_sizes or several_borders or gqa_7 or strided or dual_chunk_ro or bfloat16-64-100"
+  local cases="ragged_tail or per_head_sizes or several_borders or gqa_7 or strided or dual_chunk_ro or dual_chunk_gqa"
+  cases+=" or bfloat16-64-100"
   for tool in memcheck racecheck synccheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: "$PYTHON" -m pytest -q \
       -m cuda -k "($cases) and not float32 and not torch.float16" \
-      tests/test_{attention,decode,gather,rotary,select,store}.py 2>&1 | tee "$log"
+      tests/test_{attention,block_groups,decode,gather,rotary,select,store}.py 2>&1 | tee "$log"
     ((PIPESTATUS[0] == 0)) || return
     if ! grep -qE '[1-9][0-9]* passed' "$log" || grep -qE '[1-9][0-9]* skipped' "$log"; then
       echo "check_memory: $tool saw not all cases run"
