@@ -41,7 +41,7 @@ class GroupTiles {
   static constexpr int32_t kKeys = static_cast<int32_t>(kGroupKeys);
   static constexpr int32_t kRows = static_cast<int32_t>(kBlockM);
   static constexpr int kBatchWords = 16;
-  static constexpr int kLaneGroups = kBatchWords;  // of 32 times as many
+  static constexpr int kLaneGroups = kBatchWords;  // 32 groups a word, for 32 lanes
   static constexpr unsigned kAllLanes = 0xffffffffu;
 
  public:
