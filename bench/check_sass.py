@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REQUIRED = ("sm80::prefill", "sm80::select", "sm80::decode")
+REQUIRED = ("sm80::prefill", "sm80::select", "sm80::select_groups", "sm80::decode")
 """Families that every build has, for all of ARCHITECTURES; others are checked where a module has them, or where
 --require names them."""
 ARCHITECTURES = ("sm_80", "sm_90")
 """A Hopper GPU would compile what is there for sm_80 only when a process first runs it, which takes seconds."""
-FAMILY = re.compile(r"qwen_sparse::(sm\d+::(?:prefill|select|decode))::")
+FAMILY = re.compile(r"qwen_sparse::(sm\d+::(?:prefill|select|select_groups|decode))::")
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER_PREFILL = ("HGMMA", "UTMALDG")
 SERIALISED = re.compile(r"\((C75\d\d)\)")  # ptxas: wgmma is serialised, or setmaxnreg ignored
@@ -130,7 +130,7 @@ def main() -> int:
     for (architecture, family), count in sorted(
         Counter((kernel.architecture, kernel.family or "others") for kernel in kernels).items()
     ):
-        print(f"{architecture:8}  {family:16}  {count:4} kernels")
+        print(f"{architecture:8}  {family:20}  {count:4} kernels")
     with arguments.build_log.open(errors="replace") as log:
         broken = list(faults(kernels, serialised(log), [*REQUIRED, *arguments.require]))
     for fault in broken:

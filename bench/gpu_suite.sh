@@ -10,7 +10,7 @@
 # same files before, the first step takes seconds:
 #
 #     export SECONDS_IN_ALL=570
-#     OUT=... bench/gpu_suite.sh build check_sass run_tests bench_selection
+#     OUT=... bench/gpu_suite.sh build check_sass run_tests bench_selection bench_block_groups
 #     OUT=... bench/gpu_suite.sh build bench_million
 #     OUT=... bench/gpu_suite.sh build bench_attention bench_flex bench_decode bench_prefill bench_serve check_memory
 #
@@ -27,13 +27,13 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu-suite/results}
 SITE=$PWD/build/gpu-suite/site
-STEPS=(build check_sass run_tests bench_selection bench_million bench_attention bench_flex bench_decode bench_prefill
-  bench_serve check_memory)
+STEPS=(build check_sass run_tests bench_selection bench_block_groups bench_million bench_attention bench_flex
+  bench_decode bench_prefill bench_serve check_memory)
 SECONDS_PER_STEP=${SECONDS_PER_STEP:-240}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-86400}
 # So that one step which hangs leaves time for the others; FlexAttention may compile for much longer than it runs.
-declare -A SECONDS_OF=([bench_million]=440 [bench_attention]=120 [bench_flex]=100 [bench_decode]=90 [bench_prefill]=120
-  [bench_serve]=100)
+declare -A SECONDS_OF=([bench_million]=440 [bench_block_groups]=90 [bench_attention]=120 [bench_flex]=100
+  [bench_decode]=90 [bench_prefill]=120 [bench_serve]=100)
 mkdir -p "$OUT" build/gpu-suite
 : > "$OUT/suite.log"
 export PYTHONPATH=$SITE:tests:bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -75,8 +75,8 @@ run_tests() {
   "$PYTHON" -m pytest -m cuda -q --continue-on-collection-errors --junitxml="$OUT/tests.xml" \
     --ignore=tests/test_chat.py --ignore-glob='tests/test_serve_[!e]*.py' tests || status=1
   if is_hopper; then
-    QWEN_SPARSE_CUDA_ARCH=sm80 "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests_sm80.xml" tests/test_attention.py ||
-      status=1
+    QWEN_SPARSE_CUDA_ARCH=sm80 "$PYTHON" -m pytest -m cuda -q --junitxml="$OUT/tests_sm80.xml" \
+      tests/test_attention.py tests/test_block_groups.py || status=1
   fi
   return "$status"
 }
@@ -85,11 +85,12 @@ run_tests() {
 # for, so a case that is skipped is one that was to run and did not.
 check_memory() {
   local log=build/gpu-suite/check_memory.log tool
-  local cases="ragged_tail or per_head_sizes or several_borders or gqa_7 or strided or dual_chunk_ro or bfloat16-64-100"
+  local cases="ragged_tail or per_head_sizes or several_borders or gqa_7 or strided or dual_chunk_ro or dual_chunk_gqa"
+  cases+=" or bfloat16-64-100"
   for tool in memcheck racecheck synccheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: "$PYTHON" -m pytest -q \
       -m cuda -k "($cases) and not float32 and not torch.float16" \
-      tests/test_{attention,decode,gather,rotary,select,store}.py 2>&1 | tee "$log"
+      tests/test_{attention,block_groups,decode,gather,rotary,select,store}.py 2>&1 | tee "$log"
     ((PIPESTATUS[0] == 0)) || return
     if ! grep -qE '[1-9][0-9]* passed' "$log" || grep -qE '[1-9][0-9]* skipped' "$log"; then
       echo "check_memory: $tool saw not all cases run"
@@ -118,6 +119,11 @@ bench_flex() {
 bench_selection() {
   "$PYTHON" bench/bench_selection.py --device cuda --seqlens 131072 1048576 --layouts 28/4x128 --dense-keys 131072 \
     --chunk-rows 32768 --dense-rows 4096 --output "$OUT/selection.json"
+}
+
+bench_block_groups() {
+  "$PYTHON" bench/bench_block_groups.py --device cuda --seqlens 131072 1048576 --rows 32768 --density 0.08 --repeats 3 \
+    --output "$OUT/block_groups.json"
 }
 
 bench_decode() {

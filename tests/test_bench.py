@@ -97,6 +97,7 @@ def test_results_are_written_in_parts(tmp_path: Path, capsys: pytest.CaptureFixt
 
 STOPPED = {
     "bench_attention.py": ["--seqlens", "256", "-1", "--head-dims", "64", "--dtypes", "bfloat16", "--no-flex"],
+    "bench_block_groups.py": ["--seqlens", "1024", "-1", "--num-heads", "4", "--head-dims", "64"],
     "bench_decode.py": ["--keys", "256", "-1", "--shapes", "4/2/64", "--footprint-mib", "1"],
     "bench_selection.py": ["--seqlens", "1024", "-1", "--layouts", "4/2x64"],
     "bench_prefill.py": ["--shape", "tiny", "--seqlens", "256", "-1", "--no-check", "--no-transformers"],

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from conftest import DUAL_CHUNK, GPU_KERNELS, MovedOps, WriteCheckpoint
-from qwen_sparse import generate, load_model, ops, prefill
+from qwen_sparse import _C, generate, load_model, ops, prefill, reference
 from qwen_sparse.models import qwen2
-from qwen_sparse.testing import reference_error
+from qwen_sparse.testing import assert_close_to_reference, random_qkv, reference_error
 from test_simulated import CALLS
 
 TOKENS = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(0))
@@ -222,6 +222,56 @@ def test_arguments_on_different_devices(device: str) -> None:
         ops.attention(q, q.cpu(), q)
     with pytest.raises(ValueError, match="q must have dtype bfloat16 or float16 on a GPU, got float32"):
         ops.attention(q.float(), q.float(), q.float())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("chunk_len", [None, 30080], ids=["plain", "dual_chunk"])
+@pytest.mark.parametrize("arch", ["", "sm80"], ids=["own_kernels", "sm80"])
+def test_block_groups_of_many_keys(arch: str, chunk_len: int | None, device: str) -> None:
+    """Several splits of the selection, batches of bitmaps: as the CPU's kernels choose, as the reference attends."""
+    q, k, v = random_qkv(1000, 70001, 7, 1, 128, torch.bfloat16)
+    queries = [12 * q] if chunk_len is None else [12 * q.roll(i, -1) for i in range(3)]
+    rotations: dict[str, Any] = {}
+    if chunk_len is not None:
+        rotations = {"q_succ": queries[1], "q_inter": queries[2], "chunk_len": chunk_len}
+    thresholds = torch.full((7, ops.row_blocks(1000, 70001)), 3 / 70001)
+    thresholds[0, 5] = 0
+
+    def moved(values: Any) -> Any:
+        return values.to(device) if isinstance(values, Tensor) else values
+
+    def attend(block_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, log-sum-exp, attended pairs."""
+        namespace = torch.ops.qwen_sparse
+        if chunk_len is None:
+            return namespace.block_group_attention(*map(moved, (*queries, k, v)), moved(block_groups), 128**-0.5)
+        tensors = map(moved, (*queries, k, v))
+        return namespace.dual_chunk_attention(*tensors, chunk_len, None, None, moved(block_groups), 128**-0.5)
+
+    _C.set_cuda_arch(arch)
+    try:
+        options = {name: moved(value) for name, value in rotations.items()}
+        bits, kept = ops.select_block_groups(moved(queries[0]), moved(k), moved(thresholds), **options)
+        expected_bits, expected_kept = ops.select_block_groups(queries[0], k, thresholds, **rotations)
+        torch.testing.assert_close(kept.cpu(), expected_kept, atol=2e-3, rtol=0)
+        shifts = torch.arange(32, dtype=torch.int32)
+        differing = ((bits.cpu() ^ expected_bits)[..., None] >> shifts & 1).sum()
+        assert differing <= 0.01 * (expected_bits[..., None] >> shifts & 1).sum()
+        out, lse, attended = attend(expected_bits)
+    finally:
+        _C.set_cuda_arch("")
+    rows, blocks = 100, ops.row_blocks(100, 70001)  # the last ones
+    chosen: dict[str, Any] = {"block_groups": expected_bits[:, -blocks:], "return_lse": True}
+    definition: Any = reference.block_group_attention
+    if chunk_len is not None:
+        definition, chosen = reference.dual_chunk_attention, {**chosen, "chunk_len": chunk_len}
+    last = (*(x[-rows:] for x in queries), k, v)
+    exact, exact_lse = definition(*(x.double() for x in last), **chosen)
+    rounded, rounded_lse = definition(*last, compute_dtype=torch.bfloat16, **chosen)
+    assert_close_to_reference(out[-rows:].cpu(), exact, rounded)
+    assert_close_to_reference(lse[-rows:].cpu(), exact_lse, rounded_lse, floor=2e-5)
+    mask = reference.block_group_mask(expected_bits[:1], 1000, 70001)
+    assert attended[0].item() == mask.sum()
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_memory_is_checked_in_every_family_of_kernels(suite: Suite) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     cases = [line for line in done.stdout.splitlines() if "::" in line]
     families = ("attention.py::test_dense", "attention.py::test_vertical_slash", "attention.py::test_dual_chunk")
-    families += ("decode", "gather", "rotary", "select", "store")
+    families += ("block_groups", "decode", "gather", "rotary", "select", "store")
     for family in families:
         assert any(case.startswith(f"tests/test_{family}") for case in cases), family
     # Prefill has no kernels of float32 on a GPU: such cases are skipped.

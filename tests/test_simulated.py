@@ -52,7 +52,11 @@ DECODE_Q = [normal(2, 2, 4, 64).bfloat16() for _ in range(3)]
 
 
 def attention(columns: Tensor, slashes: Tensor) -> Callable[[Any], Any]:
-    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, columns, slashes, 0.125)
+    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, columns, slashes, None, 0.125)
+
+
+def group_attention(block_groups: Tensor) -> Callable[[Any], Any]:
+    return lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, block_groups, 0.125)
 
 
 def decode(table: Tensor, lengths: Tensor) -> Callable[[Any], Any]:
@@ -100,6 +104,11 @@ def select(ops: Any) -> Any:
     return ops.select_vertical_slash(q, k, [60, 0, 450, 31], [130, 100, 0, 450], 64, 0.125, q_succ, q_inter, CHUNK_LEN)
 
 
+def select_groups(ops: Any) -> Any:
+    thresholds = torch.tensor([[0.0, 1e-3, 2e-3, 3e-3]]).repeat(4, 1)
+    return ops.select_block_groups(q, k, thresholds, 0.125, q_succ, q_inter, CHUNK_LEN)
+
+
 WIDE = random_qkv(70, 150, 4, 2, 128, torch.bfloat16)
 WIDE_PAGES = [normal(5, 48, 2, 128).bfloat16() for _ in range(2)]
 WIDE_INT8_PAGES = [torch.randint(-127, 128, (5, 48, 2, 128), generator=GENERATOR, dtype=torch.int8) for _ in range(2)]
@@ -107,7 +116,9 @@ LENGTH = torch.tensor([200], dtype=torch.int32)
 TABLE = torch.tensor([[3, 1, 0, 4, 2], [2, 4, 1, 3, 0]], dtype=torch.int32)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda ops: ops.attention(q, k, v, 0.125, True, 100),
-    "dense dual-chunk": lambda ops: ops.dual_chunk_attention(q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, 0.125),
+    "dense dual-chunk": lambda ops: ops.dual_chunk_attention(
+        q, q_succ, q_inter, k, v, CHUNK_LEN, None, None, None, 0.125
+    ),
     # with more shared memory than a kernel has unasked
     "dense, 128 channels": lambda ops: ops.attention(*WIDE, 0.1, True, None),
     "decode, 128 channels": lambda ops: ops.decode_attention(
@@ -124,7 +135,12 @@ CALLS: dict[str, Callable[[Any], Any]] = {
         torch.tensor([j for j in range(450) if j % 128 < 64], dtype=torch.int32).expand(4, -1).contiguous(),
         torch.arange(0, 450, 128, dtype=torch.int32).expand(4, -1).contiguous(),
     ),
+    "block groups": group_attention(torch.randint(2**29, (4, 4, 1), generator=GENERATOR, dtype=torch.int32)),
+    "block groups, 128 channels": lambda ops: ops.block_group_attention(
+        *WIDE, torch.randint(2**10, (4, 2, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32), 0.1
+    ),
     "select": select,
+    "select groups": select_groups,
     "rotary": rotary,
     "store": store(torch.randperm(240, generator=GENERATOR)[:150]),
     "gather": gather(TABLE[0]),
@@ -132,6 +148,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 UNCHECKED: dict[str, Callable[[Any], Any]] = {
     "attention": attention(nonsense(4, 90), nonsense(4, 90)),
+    "block groups": group_attention(nonsense(4, 4, 1)),
     "attention with unsorted lists": attention(
         torch.randint(450, (4, 90), generator=GENERATOR, dtype=torch.int32),
         torch.randint(450, (4, 90), generator=GENERATOR, dtype=torch.int32),

@@ -47,7 +47,7 @@ void attention(const AttentionParams& p, Launch launch) {
   if (p.key_set == KeySet::kVerticalSlash) build_head_indexes(p, scratch.indexes, launch.stream);
   const float scale = std::max(std::abs(p.softmax_scale) * kLog2E, 1e-30f);
   const auto window = static_cast<int32_t>(std::min<int64_t>(p.window, INT32_MAX / 2));
-  const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, window, scratch.indexes, RowTiles(p)};
+  const PrefillArgs args{p, scale, p.softmax_scale < 0.0f, window, scratch.indexes, RowTiles(p), RowBlocks(p.shape)};
   const bool on_hopper = uses_sm90(launch.device) && p.shape.seqlen_k > 0;  // there are no tensor maps of no keys
 #ifdef QWEN_SPARSE_SM90
   if (on_hopper) sm90::prefill_attention(args, scratch.next_tile, launch);

@@ -25,6 +25,8 @@ namespace sm80 {
 void prefill_attention(const cuda::PrefillArgs& args, Launch launch);
 int64_t select_workspace(const SelectParams& p);
 void select_scores(const SelectParams& p, Launch launch);
+int64_t select_block_groups_workspace(const SelectGroupsParams& p);
+void select_block_groups(const SelectGroupsParams& p, Launch launch);
 int64_t decode_workspace(const DecodeParams& p);
 void decode_attention(const DecodeParams& p, Launch launch);
 }  // namespace sm80

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import ptx_files
 
-MAIN_KERNELS = re.compile(r"sm\d+::(prefill|select|decode)::")
+MAIN_KERNELS = re.compile(r"sm\d+::(prefill|select|select_groups|decode)::")
 
 
 @dataclass(frozen=True)

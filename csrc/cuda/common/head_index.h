@@ -53,7 +53,7 @@ struct HeadIndexes {
 // Fills `indexes` from the lists of `p`.
 void build_head_indexes(const AttentionParams& p, const HeadIndexes& indexes, cudaStream_t stream);
 
-// Adds the number of (row, key) pairs that each head attends to p.attended. `indexes` is not read unless p.sparse.
+// Adds the number of (row, key) pairs that each head attends to p.attended. `indexes` is read only for vertical-slash.
 void count_attended(const AttentionParams& p, const HeadIndexes& indexes, cudaStream_t stream);
 
 #ifdef __CUDACC__

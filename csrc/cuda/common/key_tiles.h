@@ -8,10 +8,6 @@
 
 namespace qwen_sparse::cuda {
 
-enum Stage : int32_t { kInter, kSucc, kIntra, kNumStages };
-
-enum class Use : int32_t { kNone, kPartial, kFull };  // how much of a tile the rows of a block attend
-
 struct KeyTile {
   int32_t first;  // first key, or first entry of the gathered columns
   int32_t count;  // keys in it; 0: there are no more tiles
@@ -22,22 +18,30 @@ struct KeyTile {
   // By block of the row tile. Keys that it attends, as far as causality and the window let it:
   int32_t begin[2], end[2];
   uint64_t columns[2];  // or entries, as bits
+
+#ifdef __CUDACC__
+  // Whether rows before `row` may attend some of it.
+  __device__ bool begins_before(int32_t row, bool causal) const { return is_columns || !causal || first < row; }
+#endif
 };
 
-template <int kTileKeys>
+#ifdef __CUDACC__
+
+template <int kKeys>
 class KeyTiles {
  public:
+  using Tile = KeyTile;
+  static constexpr int kTileKeys = kKeys;
+  static constexpr int kThreads = 1;  // that call start() and next() together
+  static constexpr bool kWaitsForCopies = false;
+
   __device__ void start(const PrefillArgs& args, const RowTile& rows) {
     const AttentionParams& p = args.p;
     rows_ = rows;
     causal_ = p.causal;
     window_ = args.window;
     run_ = {};
-    const int64_t limit = p.causal ? rows.end : p.shape.seqlen_k;
-    const int64_t borders[kNumStages + 1] = {0, rows.chunk_begin - args.tiles.chunk_len, rows.chunk_begin, limit};
-    for (int i = 0; i <= kNumStages; ++i) {
-      borders_[i] = static_cast<int32_t>(max(int64_t{0}, min(borders[i], limit)));
-    }
+    rows.stage_borders(args, p.causal ? rows.end : p.shape.seqlen_k, borders_);
     if (p.key_set == KeySet::kVerticalSlash) {
       runs_ = args.indexes.runs + rows.head * p.num_slash;
       columns_ = p.vertical_indexes + rows.head * p.num_vertical;
@@ -72,8 +76,6 @@ class KeyTiles {
  private:
   static constexpr int32_t kRows = static_cast<int32_t>(kBlockM);
 
-  __device__ bool has_rows(int b) const { return rows_.begin < rows_.block(b) + kRows && rows_.end > rows_.block(b); }
-
   __device__ KeyTile keys_at(int32_t position) const {
     KeyTile tile;
     tile.first = position;
@@ -91,7 +93,7 @@ class KeyTiles {
       const int32_t reach = causal_ ? min(tile.end[b], last_row + 1) : tile.end[b];
       const bool full = tile.count == kTileKeys && tile.begin[b] == position && tile.end[b] == last + 1 &&
                         (!causal_ || last <= row) && position > row + kRows - 1 - window_;
-      tile.use[b] = !has_rows(b) || tile.begin[b] >= reach ? Use::kNone : full ? Use::kFull : Use::kPartial;
+      tile.use[b] = !rows_.has_rows(b) || tile.begin[b] >= reach ? Use::kNone : full ? Use::kFull : Use::kPartial;
     }
     return tile;
   }
@@ -110,7 +112,7 @@ class KeyTiles {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       tile.begin[b] = tile.end[b] = 0;
-      tile.columns[b] = has_rows(b) ? open_columns_[b * open_words_ + entry / kTileKeys] & inside : 0;
+      tile.columns[b] = rows_.has_rows(b) ? open_columns_[b * open_words_ + entry / kTileKeys] & inside : 0;
       tile.use[b] = tile.columns[b] == 0                            ? Use::kNone
                     : tile.columns[b] == ~uint64_t{0} && !tile.late ? Use::kFull
                                                                     : Use::kPartial;
@@ -177,5 +179,7 @@ class KeyTiles {
   int32_t first_entry_;
   int32_t position_, end_;  // what is left of the current range
 };
+
+#endif
 
 }  // namespace qwen_sparse::cuda

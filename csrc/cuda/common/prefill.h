@@ -9,6 +9,10 @@ namespace qwen_sparse::cuda {
 
 constexpr int kTileRows = 2 * kBlockM;  // two blocks of the definition share the keys that they load
 
+enum Stage : int32_t { kInter, kSucc, kIntra, kNumStages };  // of dual-chunk attention: one rotation of Q each
+
+enum class Use : int32_t { kNone, kPartial, kFull };  // how much of a tile of keys the rows of a block attend
+
 // Rows of a call cut into tiles that never straddle a chunk border, so that a tile has one sequence of stages. Without
 // dual-chunk attention there is one endless chunk.
 struct RowTiles {
@@ -38,6 +42,7 @@ struct PrefillArgs {
   int32_t window;  // p.window, or a number that no distance reaches
   HeadIndexes indexes;
   RowTiles tiles;
+  RowBlocks blocks;
 };
 
 // One row tile of one head.
@@ -65,6 +70,16 @@ struct RowTile {
   }
 
   __device__ int32_t block(int b) const { return first + b * static_cast<int32_t>(kBlockM); }
+  __device__ bool has_rows(int b) const { return begin < block(b) + static_cast<int32_t>(kBlockM) && end > block(b); }
+
+  // Where the keys of each stage begin, and where the last ones end, of those before `limit`.
+  __device__ void stage_borders(const PrefillArgs& args, int64_t limit, int32_t (&borders)[kNumStages + 1]) const {
+    const int64_t keys[kNumStages + 1] = {0, chunk_begin - args.tiles.chunk_len, chunk_begin, limit};
+#pragma unroll
+    for (int i = 0; i <= kNumStages; ++i) {
+      borders[i] = static_cast<int32_t>(max(int64_t{0}, min(keys[i], limit)));
+    }
+  }
 #endif
 };
 

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cuda/common/group_tiles.h"
 #include "cuda/common/key_tiles.h"
 #include "cuda/common/ptx.h"
 
@@ -55,6 +56,24 @@ __device__ __forceinline__ void mask(const PrefillArgs& args, const KeyTile& til
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (8 * n + e < begin || 8 * n + e >= end) s[n][2 * half + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Keys of block groups: causality is all that cuts them.
+__device__ __forceinline__ void mask(const PrefillArgs&, const GroupTile& tile, int, int32_t, int32_t row,
+                                     float (&s)[GroupTiles::kTileKeys / 8][4]) {
+  constexpr int kGroupKeys8 = static_cast<int>(kGroupKeys) / 8;
+  const int first = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < GroupTiles::kTileKeys / 8; ++n) {
+    const int32_t last = row - tile.groups[n / kGroupKeys8] - n % kGroupKeys8 * 8 - first;  // of e, that the row sees
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (e > last + 8 * half) s[n][2 * half + e] = -INFINITY;
       }
     }
   }

@@ -4,7 +4,9 @@
 // fill_covered    one thread per word of a head's bitmap: binary search for the first run that reaches it
 // find_open       one column of a block per thread
 // gather_columns  16 bytes of a column's key or value per thread
-// count_attended  one CTA per (64-row block, head): closed form for runs, one term per column
+// count_attended  one CTA per (64-row block, head): closed form for runs, one term per column; or a population count
+// per
+//                 word of groups
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
@@ -166,6 +168,32 @@ __global__ void __launch_bounds__(kThreads) count_sparse(AttentionParams p, Head
   if (threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(p.attended) + head, sum);
 }
 
+__global__ void __launch_bounds__(kThreads) count_groups(AttentionParams p, int64_t first_block) {
+  using Reduce = cub::BlockReduce<unsigned long long, kThreads>;
+  __shared__ typename Reduce::TempStorage storage;
+  const int64_t head = blockIdx.y;
+  const int64_t past = p.shape.seqlen_k - p.shape.seqlen_q;
+  const int64_t block = (first_block + blockIdx.x) * kBlockM;
+  const int64_t first_row = block > past ? block : past;
+  const int64_t last_row = (block + kBlockM < p.shape.seqlen_k ? block + kBlockM : p.shape.seqlen_k) - 1;
+  const uint32_t* bitmap = p.block_groups + (head * gridDim.x + blockIdx.x) * p.group_words;
+  constexpr int64_t kWordKeys = 32 * kGroupKeys;
+  unsigned long long pairs = 0;
+  for (int64_t word = threadIdx.x; word < p.group_words && word * kWordKeys <= last_row; word += kThreads) {
+    uint32_t bits = bitmap[word];
+    if ((word + 1) * kWordKeys <= first_row + 1) {  // every row sees all of its keys
+      pairs += __popc(bits) * kGroupKeys * (last_row - first_row + 1);
+      continue;
+    }
+    for (; bits != 0; bits &= bits - 1) {
+      const int64_t key = word * kWordKeys + (__ffs(static_cast<int>(bits)) - 1) * kGroupKeys;
+      pairs += count_pairs(first_row, last_row, key, key + kGroupKeys, true);
+    }
+  }
+  const unsigned long long sum = Reduce(storage).Sum(pairs);
+  if (threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(p.attended) + head, sum);
+}
+
 __global__ void count_dense(AttentionParams p) {
   const int64_t head = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (head >= p.shape.num_heads) return;
@@ -202,15 +230,18 @@ void build_head_indexes(const AttentionParams& p, const HeadIndexes& indexes, cu
 }
 
 void count_attended(const AttentionParams& p, const HeadIndexes& indexes, cudaStream_t stream) {
-  if (!p.sparse) {
+  if (p.key_set == KeySet::kAll) {
     count_dense<<<dim3(static_cast<unsigned>(ceil_div<int64_t>(p.shape.num_heads, kThreads))), kThreads, 0, stream>>>(
         p);
     return check(cudaGetLastError(), "count_dense");
   }
-  const int64_t past = p.shape.seqlen_k - p.shape.seqlen_q;
-  const int64_t blocks = ceil_div(p.shape.seqlen_k, kBlockM) - floor_div(past, kBlockM);
-  count_sparse<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.shape.num_heads)), kThreads, 0, stream>>>(
-      p, indexes);
+  const RowBlocks blocks(p.shape);
+  const dim3 ctas(static_cast<unsigned>(blocks.count), static_cast<unsigned>(p.shape.num_heads));
+  if (p.key_set == KeySet::kBlockGroups) {
+    count_groups<<<ctas, kThreads, 0, stream>>>(p, blocks.first);
+    return check(cudaGetLastError(), "count_groups");
+  }
+  count_sparse<<<ctas, kThreads, 0, stream>>>(p, indexes);
   check(cudaGetLastError(), "count_sparse");
 }
 

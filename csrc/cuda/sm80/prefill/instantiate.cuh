@@ -1,4 +1,4 @@
-// Included by instantiations/, each of which defines `launch` for one type and head size.
+// Included by instantiations/, each of which defines `launch` for one type, head size and kind of tiles.
 #pragma once
 
 #include "cuda/sm80/prefill/kernel.cuh"
@@ -6,10 +6,10 @@
 
 namespace qwen_sparse::sm80::prefill {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Tiles>
 void launch(const Args& args, cudaStream_t stream) {
-  const auto kernel = attention_kernel<T, kHeadDim>;
-  constexpr int kBytes = sizeof(SharedMemory<kHeadDim>);
+  const auto kernel = attention_kernel<T, kHeadDim, Tiles>;
+  constexpr int kBytes = sizeof(SharedMemory<kHeadDim, Tiles>);
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "prefill attention");
   const int64_t ctas = args.tiles.count * args.p.shape.num_heads;
   kernel<<<dim3(static_cast<unsigned>(ctas)), kThreads, kBytes, stream>>>(args);

@@ -1,4 +1,4 @@
-// Prefill attention on Ampere and later: dense, vertical-slash and dual-chunk, in any combination, one online softmax.
+// Prefill attention on Ampere and later: dense or over a sparse set, plain or dual-chunk, one online softmax.
 //
 // Grid: one CTA per (128-row tile, head), longest first: the last rows of the prompt come first, heads that share keys
 // are neighbours. The hardware hands CTAs out in this order as others finish, which is what a persistent loop over a
@@ -17,24 +17,24 @@
 namespace qwen_sparse::sm80::prefill {
 
 namespace ptx = cuda::ptx;
-using cuda::KeyTile;
 using cuda::RowTile;
 using cuda::swizzled;
 using cuda::Use;
 
 // What a CTA works on is in shared memory too, since registers are what this kernel is short of.
-template <int kHeadDim>
+template <int kHeadDim, typename Tiles>
 struct SharedMemory {
   alignas(256) uint8_t q[kTileRows * kHeadDim * 2];
   alignas(256) uint8_t k[kTileKeys * kHeadDim * 2];
   alignas(256) uint8_t v[kTileKeys * kHeadDim * 2];
   RowTile rows;
-  KeyTile tiles[2];
-  cuda::KeyTiles<kTileKeys> cursor;
+  typename Tiles::Tile tiles[2];
+  Tiles cursor;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Tiles>
 class Cta {
+  using Tile = typename Tiles::Tile;
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kPieces = kHeadDim / 8;            // of 16 bytes in a row
   static constexpr int kRowsAtOnce = kThreads / kPieces;  // that all threads copy with one instruction each
@@ -42,13 +42,13 @@ class Cta {
   static constexpr int kKeyTiles8 = kTileKeys / 8;
   static constexpr int kDimTiles8 = kHeadDim / 8;
   static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
-  using Shared = SharedMemory<kHeadDim>;
+  using Shared = SharedMemory<kHeadDim, Tiles>;
 
  public:
   __device__ Cta(const Args& args, Shared& shared) : args_(args), p_(args.p), shared_(shared) {}
 
   __device__ void run() {
-    if (threadIdx.x == 0) start();
+    start();
     __syncthreads();
     const RowTile& rows = shared_.rows;
     const int32_t warp_first = rows.first + warp() * kWarpRows;
@@ -59,15 +59,16 @@ class Cta {
       ptx::commit_copies();
     }
     for (int parity = 0; shared_.tiles[parity].count > 0; parity ^= 1) {
-      const KeyTile& tile = shared_.tiles[parity];
-      const KeyTile& next = shared_.tiles[parity ^ 1];
+      const Tile& tile = shared_.tiles[parity];
+      const Tile& next = shared_.tiles[parity ^ 1];
       ptx::wait_copies<0>();
-      __syncthreads();  // K and Q are here; nobody reads V any more
+      __syncthreads();                                            // K and Q are here; nobody reads V any more
+      if constexpr (Tiles::kWaitsForCopies) advance(parity ^ 1);  // which would otherwise wait for V too
       copy_rows(p_.v, args_.indexes.column_v, tile, shared_.v);
       ptx::commit_copies();
-      if (threadIdx.x == 0) shared_.tiles[parity ^ 1] = shared_.cursor.next();
-      const bool attends = has_rows && tile.use[block()] != Use::kNone &&
-                           (tile.is_columns || !p_.causal || tile.first < warp_first + kWarpRows);
+      if constexpr (!Tiles::kWaitsForCopies) advance(parity ^ 1);
+      const bool attends =
+          has_rows && tile.use[block()] != Use::kNone && tile.begins_before(warp_first + kWarpRows, p_.causal);
       float s[kMTiles][kKeyTiles8][4];
       if (attends) multiply_qk(s);
       ptx::wait_copies<0>();
@@ -88,11 +89,21 @@ class Cta {
 
  private:
   __device__ void start() {
-    const auto num_heads = static_cast<unsigned>(p_.shape.num_heads);
-    const int64_t number = args_.tiles.count - 1 - blockIdx.x / num_heads;
-    shared_.rows = RowTile(args_, number, static_cast<int32_t>(blockIdx.x % num_heads));
+    if (threadIdx.x >= Tiles::kThreads) return;
+    if (threadIdx.x == 0) {
+      const auto num_heads = static_cast<unsigned>(p_.shape.num_heads);
+      const int64_t number = args_.tiles.count - 1 - blockIdx.x / num_heads;
+      shared_.rows = RowTile(args_, number, static_cast<int32_t>(blockIdx.x % num_heads));
+    }
+    if (Tiles::kThreads > 1) __syncwarp();
     shared_.cursor.start(args_, shared_.rows);
-    shared_.tiles[0] = shared_.cursor.next();
+    advance(0);
+  }
+
+  __device__ void advance(int parity) {
+    if (threadIdx.x >= Tiles::kThreads) return;
+    const Tile tile = shared_.cursor.next();
+    if (threadIdx.x == 0) shared_.tiles[parity] = tile;
   }
 
   // Rows outside of the call become zeros.
@@ -111,7 +122,7 @@ class Cta {
   }
 
   // A tile of keys or values; rows past its end become zeros, since even with weight 0 a NaN would show.
-  __device__ void copy_rows(const Rows& rows, const void* columns, const KeyTile& tile, uint8_t* to) {
+  __device__ void copy_rows(const Rows& rows, const void* columns, const cuda::KeyTile& tile, uint8_t* to) {
     const int piece = threadIdx.x % kPieces;
     const T* base;
     int64_t stride;
@@ -130,6 +141,22 @@ class Cta {
       ptx::copy_async_16(address, row < tile.count ? from : base, row < tile.count ? 16 : 0);
       row += kRowsAtOnce;
       from += kRowsAtOnce * stride;
+      address += kRowsAtOnce * kRowBytes;
+    }
+  }
+
+  __device__ void copy_rows(const Rows& rows, const void*, const cuda::GroupTile& tile, uint8_t* to) {
+    const int piece = threadIdx.x % kPieces;
+    const T* head = static_cast<const T*>(rows.data) + shared_.rows.kv_head * rows.head_stride + piece * 8;
+    const auto num_keys = static_cast<int32_t>(p_.shape.seqlen_k);
+    int row = threadIdx.x / kPieces;
+    uint32_t address = ptx::shared_address(to + swizzled<kHeadDim>(row, piece));
+#pragma unroll 2
+    for (int i = 0; i < kTileKeys / kRowsAtOnce; ++i) {
+      const int32_t position = tile.groups[row / kGroupKeys] + row % static_cast<int>(kGroupKeys);
+      const bool inside = position < num_keys;
+      ptx::copy_async_16(address, head + (inside ? position : int64_t{0}) * rows.row_stride, inside ? 16 : 0);
+      row += kRowsAtOnce;
       address += kRowsAtOnce * kRowBytes;
     }
   }
@@ -177,7 +204,7 @@ class Cta {
   }
 
   // Scores to weights, in place; what was summed before is scaled to the new maxima.
-  __device__ void update_softmax(const KeyTile& tile, float (&s)[kMTiles][kKeyTiles8][4]) {
+  __device__ void update_softmax(const Tile& tile, float (&s)[kMTiles][kKeyTiles8][4]) {
     float shrink[kMTiles][2];
     bool changed = false;
 #pragma unroll
@@ -267,10 +294,10 @@ class Cta {
   cuda::SoftmaxRows softmax_[kMTiles];
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Tiles>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) attention_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(256) uint8_t memory[];
-  Cta<T, kHeadDim>(args, *reinterpret_cast<SharedMemory<kHeadDim>*>(memory)).run();
+  Cta<T, kHeadDim, Tiles>(args, *reinterpret_cast<SharedMemory<kHeadDim, Tiles>*>(memory)).run();
 }
 
 }  // namespace qwen_sparse::sm80::prefill

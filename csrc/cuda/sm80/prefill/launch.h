@@ -5,8 +5,8 @@
 
 namespace qwen_sparse::sm80::prefill {
 
-// Defined for the types and head sizes of instantiations/.
-template <typename T, int kHeadDim>
+// Defined for the types, head sizes and kinds of tiles of instantiations/.
+template <typename T, int kHeadDim, typename Tiles>
 void launch(const Args& args, cudaStream_t stream);
 
 }  // namespace qwen_sparse::sm80::prefill

@@ -1,14 +1,14 @@
-// Prefill attention on Hopper: dense, vertical-slash and dual-chunk, in any combination, one online softmax.
+// Prefill attention on Hopper: dense or over a sparse set, plain or dual-chunk, one online softmax.
 //
 // Grid: persistent CTAs, one per SM. Work items are 128-row tiles of a head, taken from a counter in the order of
 // `item_rows`: sections of heads that L2 can hold, in them the last rows of the prompt first, heads of a row tile next
 // to each other.
-// Warpgroups: 0 is the producer: one of its threads takes work items, walks their key tiles and has the copy engine
-// (TMA) fetch Q, K and V. 1 and 2 are consumers, each with one 64-row block: QK^T and PV by wgmma, accumulators and
-// weights in registers. QK^T of a tile is started together with PV of the tile before, and the softmax of the tile runs
-// under that PV. At tiles that both attend, the consumers take turns at starting products, so that one computes weights
-// while the other multiplies; a tile that its block does not attend, a consumer passes over without waiting for the
-// other one, as far as the stages reach (docs/hopper-kernel.md).
+// Warpgroups: 0 is the producer: one of its threads (for block groups a warp, which reads bitmaps together) takes work
+// items, walks their key tiles and has the copy engine (TMA) fetch Q, K and V. 1 and 2 are consumers, each with one
+// 64-row block: QK^T and PV by wgmma, accumulators and weights in registers. QK^T of a tile is started together with PV
+// of the tile before, and the softmax of the tile runs under that PV. At tiles that both attend, the consumers take
+// turns at starting products, so that one computes weights while the other multiplies; a tile that its block does not
+// attend, a consumer passes over without waiting for the other one, as far as the stages reach (docs/hopper-kernel.md).
 // Shared memory: Q; stages of K and V, each with the description of its tile (Slot); barriers.
 //
 // Barriers: full ones count the producer's arrival and the bytes of a copy, empty ones the warps of both consumers. A
@@ -17,6 +17,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -32,8 +33,9 @@ namespace qwen_sparse::sm90::prefill {
 namespace ptx = cuda::ptx;
 using cuda::Use;
 
+template <typename Tile>
 struct Slot {
-  KeyTile tile;    // no keys: the rows attend none
+  Tile tile;       // no keys: the rows attend none
   RowTile rows;    // set where a row tile starts
   uint32_t flags;  // of SlotFlag
 };
@@ -46,15 +48,15 @@ enum SlotFlag : uint32_t {
   kEndsWork = 16,    // behind the last row tile; nothing else is set
 };
 
-template <int kHeadDim, int kTileKeys>
+template <int kHeadDim, typename Tiles>
 struct SharedMemory {
-  using C = Config<kHeadDim, kTileKeys>;
+  using C = Config<kHeadDim, Tiles>;
   alignas(kSwizzleBytes) uint8_t q[C::kQBytes];
   alignas(kSwizzleBytes) uint8_t k[C::kStages][C::kTileBytes];
   alignas(kSwizzleBytes) uint8_t v[C::kStages][C::kTileBytes];
-  Slot slots[C::kStages];
+  Slot<typename Tiles::Tile> slots[C::kStages];
   RowTile rows;  // the producer's; in registers they would spill
-  cuda::KeyTiles<kTileKeys> tiles;
+  Tiles tiles;
   Barrier k_full[C::kStages], k_empty[C::kStages];
   Barrier v_full[C::kStages], v_empty[C::kStages];
   Barrier q_full, q_empty;
@@ -101,68 +103,127 @@ __device__ __forceinline__ RowTile item_rows(const Args& args, int32_t item) {
   return RowTile(args.common, number, section * args.heads_per_section + rest % args.heads_per_section);
 }
 
-// One thread.
-template <int kHeadDim, int kTileKeys>
+// Tiles::kThreads threads, of which the first acts.
+template <int kHeadDim, typename Tiles>
 class Producer {
-  using C = Config<kHeadDim, kTileKeys>;
-  using Shared = SharedMemory<kHeadDim, kTileKeys>;
+  using C = Config<kHeadDim, Tiles>;
+  using Shared = SharedMemory<kHeadDim, Tiles>;
+  using Tile = typename Tiles::Tile;
 
  public:
   __device__ Producer(const Args& args, Shared& shared) : args_(args), shared_(shared) {}
 
   __device__ void run() {
     for (;;) {
-      const int32_t item = atomicAdd(args_.next_tile, 1);
+      const int32_t item = next_item();
       if (item >= args_.num_items) break;
-      shared_.rows = item_rows(args_, item);
+      if (acts()) shared_.rows = item_rows(args_, item);
+      synchronize();
       shared_.tiles.start(args_.common, shared_.rows);
-      KeyTile tile = shared_.tiles.next();
+      Tile tile = shared_.tiles.next();
       if (tile.count == 0) emit(tile, kStartsRows | kEndsRows);
       uint32_t starts = kStartsRows | kStartsStage;
       while (tile.count > 0) {
-        const KeyTile next = shared_.tiles.next();
+        const Tile next = shared_.tiles.next();
         const bool ends_rows = next.count == 0, ends_stage = ends_rows || next.stage != tile.stage;
         emit(tile, starts | (ends_rows ? kEndsRows : 0) | (ends_stage ? kEndsStage : 0));
         starts = ends_stage ? kStartsStage : 0;
         tile = next;
       }
     }
+    if (!acts()) return;
     shared_.k_empty[at_.index].wait(at_.phase ^ 1);
     shared_.slots[at_.index].flags = kEndsWork;
     shared_.k_full[at_.index].arrive();
   }
 
  private:
-  __device__ void emit(const KeyTile& tile, uint32_t flags) {
+  __device__ static bool acts() { return Tiles::kThreads == 1 || threadIdx.x == 0; }
+  __device__ static void synchronize() {
+    if constexpr (Tiles::kThreads > 1) __syncwarp();
+  }
+
+  __device__ int32_t next_item() {
+    int32_t item;
+    if (acts()) item = atomicAdd(args_.next_tile, 1);
+    if constexpr (Tiles::kThreads > 1) item = __shfl_sync(0xffffffffu, item, 0);
+    return item;
+  }
+
+  // For the thread that acts: which it is, a warp asks the instruction that tells the compiler that it is one alone,
+  // since copies of several lanes would be loops.
+  __device__ void emit(const Tile& tile, uint32_t flags) {
+    if constexpr (Tiles::kThreads > 1) {
+      if (cute::elect_one_sync()) fill_stage(tile, flags);
+      __syncwarp();
+    } else {
+      fill_stage(tile, flags);
+    }
+    if ((flags & kStartsStage) != 0) q_phase_ ^= 1;
+    at_.template advance<C::kStages>();
+  }
+
+  __device__ void fill_stage(const Tile& tile, uint32_t flags) {
     const int stage = at_.index;
-    Slot& slot = shared_.slots[stage];
+    auto& slot = shared_.slots[stage];
     shared_.k_empty[stage].wait(at_.phase ^ 1);
     slot.tile = tile;
     if ((flags & kStartsRows) != 0) slot.rows = shared_.rows;
     slot.flags = flags;
-    fetch_keys(tile, tile.is_columns ? args_.column_k : args_.k, shared_.k_full[stage], shared_.k[stage]);
+    fetch_tile(tile, Operand::kKeys, shared_.k_full[stage], shared_.k[stage]);
     if ((flags & kStartsStage) != 0) {
       shared_.q_empty.wait(q_phase_ ^ 1);
-      q_phase_ ^= 1;
       shared_.q_full.arrive_and_expect(C::kQBytes);
       const AttentionShape& shape = args_.common.p.shape;
       const auto past = static_cast<int32_t>(shape.seqlen_k - shape.seqlen_q);
       fetch(args_.q[tile.stage], shared_.q_full, shared_.q, shared_.rows.first - past, shared_.rows.head);
     }
     shared_.v_empty[stage].wait(at_.phase ^ 1);
-    fetch_keys(tile, tile.is_columns ? args_.column_v : args_.v, shared_.v_full[stage], shared_.v[stage]);
-    at_.template advance<C::kStages>();
+    fetch_tile(tile, Operand::kValues, shared_.v_full[stage], shared_.v[stage]);
   }
 
-  __device__ void fetch_keys(const KeyTile& tile, const CUtensorMap& map, Barrier& full, void* to) {
+  enum class Operand { kKeys, kValues };
+
+  __device__ void fetch_tile(const Tile& tile, Operand operand, Barrier& full, uint8_t* to) {
     if (tile.count == 0) return full.arrive();
     full.arrive_and_expect(C::kTileBytes);
+    fetch_keys(tile, operand, full, to);
+  }
+
+  __device__ void fetch_keys(const cuda::KeyTile& tile, Operand operand, Barrier& full, uint8_t* to) {
+    const bool keys = operand == Operand::kKeys;
+    const CUtensorMap& map = tile.is_columns ? (keys ? args_.column_k : args_.column_v) : (keys ? args_.k : args_.v);
     fetch(map, full, to, tile.first, tile.is_columns ? shared_.rows.head : shared_.rows.kv_head);
   }
 
-  __device__ static void fetch(const CUtensorMap& map, Barrier& full, void* to, int32_t row, int32_t head) {
+  // Keys in panels like those of other tiles, since a product takes all 64 of them; values group after group, which are
+  // one copy each, since a product takes 16 of them.
+  __device__ void fetch_keys(const cuda::GroupTile& tile, Operand operand, Barrier& full, uint8_t* to) {
+    constexpr int kKeys = static_cast<int>(kGroupKeys);
+    const int32_t head = shared_.rows.kv_head;
+    if (operand == Operand::kValues) {
+#pragma unroll
+      for (int group = 0; group < cuda::kTileGroups; ++group) {
+        fetch(args_.group_v, full, to + group * kKeys * C::kRowBytes, tile.groups[group], head);
+      }
+    } else if (tile.is_run()) {
+      fetch(args_.k, full, to, tile.groups[0], head);
+    } else {
+#pragma unroll
+      for (int group = 0; group < cuda::kTileGroups; ++group) {
+#pragma unroll
+        for (int panel = 0; panel < kHeadDim / kPanelColumns; ++panel) {
+          const int row = panel * C::kTileKeys + group * kKeys;  // in shared memory
+          fetch(args_.group_k, full, to + row * kPanelRowBytes, tile.groups[group], head, panel);
+        }
+      }
+    }
+  }
+
+  __device__ static void fetch(const CUtensorMap& map, Barrier& full, void* to, int32_t row, int32_t head,
+                               int panel = 0) {
     constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, 0, row, 0, head);
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, 0, row, panel, head);
   }
 
   const Args& args_;
@@ -172,15 +233,19 @@ class Producer {
 };
 
 // A warpgroup.
-template <typename T, int kHeadDim, int kTileKeys>
+template <typename T, int kHeadDim, typename Tiles>
 class Consumer {
-  using C = Config<kHeadDim, kTileKeys>;
-  using Shared = SharedMemory<kHeadDim, kTileKeys>;
+  using C = Config<kHeadDim, Tiles>;
+  using Shared = SharedMemory<kHeadDim, Tiles>;
+  static constexpr int kTileKeys = C::kTileKeys;
   static constexpr int kKeys8 = kTileKeys / 8;
   static constexpr int kDims8 = kHeadDim / 8;
   static constexpr int kSteps = kHeadDim / 16;  // of QK^T
   static constexpr int kQPanelBytes = kTileRows * kPanelRowBytes;
   static constexpr int kPanelBytes = kTileKeys * kPanelRowBytes;
+  // Of values: from panel to panel, and from 16 keys to the next.
+  static constexpr int kVPanelBytes = C::kValuesByGroup ? 16 * kPanelRowBytes : kPanelBytes;
+  static constexpr int kVStepBytes = C::kValuesByGroup ? 16 * C::kRowBytes : 16 * kPanelRowBytes;
 
  public:
   __device__ Consumer(const Args& args, Shared& shared)
@@ -212,7 +277,7 @@ class Consumer {
     while ((flags_ & kEndsRows) == 0 && at_.steps < limit) {
       at_.template advance<C::kStages>();
       shared_.k_full[at_.index].wait(at_.phase);
-      const Slot& slot = shared_.slots[at_.index];
+      const auto& slot = shared_.slots[at_.index];
       flags_ = slot.flags;
       if ((flags_ & kEndsWork) != 0) return false;
       if ((flags_ & kStartsRows) != 0) rows_ = slot.rows;
@@ -328,16 +393,16 @@ class Consumer {
   }
 
   __device__ void multiply_pv(int stage) {
-    const Descriptor v(ptx::shared_address(shared_.v[stage]), kPanelBytes);
+    const Descriptor v(ptx::shared_address(shared_.v[stage]), kVPanelBytes);
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
-      wgmma<T, Major::MN>(out_, weights_[j], v.at(j * 16 * kPanelRowBytes));
+      wgmma<T, Major::MN>(out_, weights_[j], v.at(j * kVStepBytes));
     }
   }
 
   // Scores of the tile at hand to weights; its keys are given back.
   __device__ void softmax(float (&scores)[kKeys8][4]) {
-    const Slot& slot = shared_.slots[at_.index];
+    const auto& slot = shared_.slots[at_.index];
     if (args_.negate) {
 #pragma unroll
       for (int n = 0; n < kKeys8; ++n) {
@@ -435,18 +500,18 @@ class Consumer {
   bool changed_;     // it is not 1 everywhere
 };
 
-template <typename T, int kHeadDim, int kTileKeys>
+template <typename T, int kHeadDim, typename Tiles>
 __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
-  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim, kTileKeys>*>(memory);
+  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim, Tiles>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (threadIdx.x == 0) Producer<kHeadDim, kTileKeys>(args, shared).run();
+    if (threadIdx.x < Tiles::kThreads) Producer<kHeadDim, Tiles>(args, shared).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    Consumer<T, kHeadDim, kTileKeys>(args, shared).run();
+    Consumer<T, kHeadDim, Tiles>(args, shared).run();
   }
 }
 

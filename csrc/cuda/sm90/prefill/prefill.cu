@@ -21,9 +21,15 @@ int heads_per_section(const AttentionShape& shape, int device) {
 }
 
 template <typename T, int kHeadDim>
-void run(prefill::Args& args, bool sparse, int ctas, cudaStream_t stream) {
-  sparse ? prefill::launch<T, kHeadDim, prefill::kSparseTileKeys>(args, ctas, stream)
-         : prefill::launch<T, kHeadDim, prefill::kDenseTileKeys>(args, ctas, stream);
+void run(prefill::Args& args, int ctas, cudaStream_t stream) {
+  switch (args.common.p.key_set) {
+    case KeySet::kAll:
+      return prefill::launch<T, kHeadDim, prefill::DenseTiles>(args, ctas, stream);
+    case KeySet::kVerticalSlash:
+      return prefill::launch<T, kHeadDim, prefill::SparseTiles>(args, ctas, stream);
+    case KeySet::kBlockGroups:
+      return prefill::launch<T, kHeadDim, prefill::GroupTiles>(args, ctas, stream);
+  }
 }
 
 }  // namespace
@@ -31,7 +37,7 @@ void run(prefill::Args& args, bool sparse, int ctas, cudaStream_t stream) {
 void prefill_attention(const cuda::PrefillArgs& common, int32_t* next_tile, Launch launch) {
   const AttentionParams& p = common.p;
   const AttentionShape& shape = p.shape;
-  const int tile_keys = p.sparse ? prefill::kSparseTileKeys : prefill::kDenseTileKeys;
+  const int tile_keys = p.key_set == KeySet::kAll ? prefill::kDenseTileKeys : prefill::kSparseTileKeys;
   const auto map = [&](const char* name, const Rows& rows, int64_t num_rows, int64_t num_heads, int box_rows) {
     return tensor_map(name, rows, p.dtype, num_rows, num_heads, shape.head_dim, box_rows);
   };
@@ -44,11 +50,16 @@ void prefill_attention(const cuda::PrefillArgs& common, int32_t* next_tile, Laun
   }
   args.k = map("k", p.k, shape.seqlen_k, shape.num_kv_heads, tile_keys);
   args.v = map("v", p.v, shape.seqlen_k, shape.num_kv_heads, tile_keys);
-  if (p.sparse && p.num_vertical > 0) {
+  if (p.key_set == KeySet::kVerticalSlash && p.num_vertical > 0) {
     const Rows k{common.indexes.column_k, shape.head_dim, p.num_vertical * shape.head_dim};
     const Rows v{common.indexes.column_v, shape.head_dim, p.num_vertical * shape.head_dim};
     args.column_k = map("columns of k", k, p.num_vertical, shape.num_heads, tile_keys);
     args.column_v = map("columns of v", v, p.num_vertical, shape.num_heads, tile_keys);
+  }
+  if (p.key_set == KeySet::kBlockGroups) {
+    args.group_k = tensor_map("groups of k", p.k, p.dtype, shape.seqlen_k, shape.num_kv_heads, shape.head_dim,
+                              kGroupKeys, /*box_panels=*/1);
+    args.group_v = map("groups of v", p.v, shape.seqlen_k, shape.num_kv_heads, kGroupKeys);
   }
   args.next_tile = next_tile;
   args.num_items = static_cast<int32_t>(common.tiles.count * shape.num_heads);
@@ -57,8 +68,7 @@ void prefill_attention(const cuda::PrefillArgs& common, int32_t* next_tile, Laun
   const int ctas = std::min(args.num_items, cuda::device_attribute(cudaDevAttrMultiProcessorCount, launch.device));
   cuda::dispatch_float16_bits(p.dtype, [&](auto type) {
     using T = decltype(type);
-    shape.head_dim == 64 ? run<T, 64>(args, p.sparse, ctas, launch.stream)
-                         : run<T, 128>(args, p.sparse, ctas, launch.stream);
+    shape.head_dim == 64 ? run<T, 64>(args, ctas, launch.stream) : run<T, 128>(args, ctas, launch.stream);
   });
 }
 

@@ -1,3 +1,4 @@
 #include "cuda/sm80/prefill/instantiate.cuh"
 
-template void qwen_sparse::sm80::prefill::launch<qwen_sparse::cuda::BFloat16, 64>(const Args&, cudaStream_t);
+template void qwen_sparse::sm80::prefill::launch<qwen_sparse::cuda::BFloat16, 64, qwen_sparse::sm80::prefill::KeyTiles>(
+    const Args&, cudaStream_t);

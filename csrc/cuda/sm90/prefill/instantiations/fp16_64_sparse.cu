@@ -1,5 +1,5 @@
 #include "cuda/sm90/prefill/instantiate.cuh"
 
 template void qwen_sparse::sm90::prefill::launch<qwen_sparse::cuda::Float16, 64,
-                                                 qwen_sparse::sm90::prefill::kSparseTileKeys>(const Args&, int,
-                                                                                              cudaStream_t);
+                                                 qwen_sparse::sm90::prefill::SparseTiles>(const Args&, int,
+                                                                                          cudaStream_t);

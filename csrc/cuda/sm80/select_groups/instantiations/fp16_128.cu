@@ -1,0 +1,3 @@
+#include "cuda/sm80/select_groups/instantiate.cuh"
+
+QWEN_SPARSE_INSTANTIATE_SELECT_GROUPS(Float16, 128);
