@@ -92,7 +92,7 @@ def test_plain_rope_fails_beyond_the_trained_length(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("filler", passkey.FILLERS)
-@pytest.mark.parametrize("mode", ["dca", "dca+sparse"])
+@pytest.mark.parametrize("mode", ["dca", "dca+sparse", "dca+coverage0.8"])
 def test_sixteen_times_the_trained_length(model: Qwen2Model, mode: str, filler: passkey.Filler) -> None:
     assert found(model, mode, 16, filler=filler) == [True] * 3
 
@@ -106,8 +106,9 @@ def test_bfloat16() -> None:
     assert found(demo.load_passkey_model("bfloat16"), "dca+sparse", 16) == [True] * 3
 
 
-def test_sixty_four_times_the_trained_length(model: Qwen2Model) -> None:
-    assert found(model, "dca+sparse", 64) == [True] * 3
+@pytest.mark.parametrize("mode", ["dca+sparse", "dca+coverage0.8"])
+def test_sixty_four_times_the_trained_length(model: Qwen2Model, mode: str) -> None:
+    assert found(model, mode, 64) == [True] * 3
 
 
 def test_dense_dual_chunk_at_sixty_four_times(model: Qwen2Model) -> None:

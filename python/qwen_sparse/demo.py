@@ -1,9 +1,9 @@
 """``qwen-sparse demo``: a tiny model finds a passkey in a prompt 128 times longer than any it was trained on.
 
 The model ships with the package (``assets/passkey``, trained on sequences of up to 512 bytes by
-``examples/train_passkey.py``). The demo
-runs the same weights with plain RoPE, with Dual Chunk Attention, and with Dual Chunk Attention plus vertical-slash
-sparse attention, then draws retrieval accuracy over depth and length.
+``examples/train_passkey.py``). The demo runs the same weights with plain RoPE, with Dual Chunk Attention, and with Dual
+Chunk Attention plus sparse attention (vertical-slash by budgets, block groups by coverage), then draws retrieval
+accuracy over depth and length.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from .passkey import PasskeyPrompt, make_prompt
 
 __all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run"]
 
-MODES = {name: Mode.parse(name).title for name in ("rope", "dca", "dca+sparse")}
+MODES = {name: Mode.parse(name).title for name in ("rope", "dca", "dca+sparse", "dca+coverage0.8")}
 """The ways to run the model, and how tables name them."""
+
+_WIDTH = max(map(len, MODES.values()))
 
 TRAINED_LENGTH = 512
 LONGEST = 128
-GRID = {"rope": (1, 2, 4, 8, 16), "dca": (1, 2, 4, 8, 16, 32, 64), "dca+sparse": (1, 2, 4, 8, 16, 32, 64)}
+GRID = {mode: (1, 2, 4, 8, 16) if mode == "rope" else (1, 2, 4, 8, 16, 32, 64) for mode in MODES}
 """Prompt lengths of the heat maps, in trained lengths; plain RoPE stops where it has long failed."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -176,7 +178,9 @@ def run(args: argparse.Namespace) -> int:
         for mode, lengths in GRID.items():
             grids[mode] = accuracy_grid(model, mode, lengths, DEPTHS, args.samples, seed=args.seed)
         for mode, results in grids.items():
-            print(f"{MODES[mode]:>22}: {accuracy(results):6.1%} of {len(results)} passkeys, 1x to {GRID[mode][-1]}x")
+            print(
+                f"{MODES[mode]:>{_WIDTH}}: {accuracy(results):6.1%} of {len(results)} passkeys, 1x to {GRID[mode][-1]}x"
+            )
         heat_map = args.output / "passkey.png"
         plot_grids(grids, heat_map)
         print(f"heat map: {heat_map}")
@@ -194,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
 def _long_table(model: Qwen2Model, prompt: PasskeyPrompt) -> list[Retrieval]:
     """Run every mode on one long prompt, printing each row as it is done."""
     columns = ("", "answer", "", "first token", "density", "KV cache", "peak memory")
-    layout = "{:>22}  {:>8}  {:<6}  {:>11}  {:>7}  {:>9}  {:>11}"
+    layout = f"{{:>{_WIDTH}}}" + "  {:>8}  {:<6}  {:>11}  {:>7}  {:>9}  {:>11}"
     print(layout.format(*columns))
     results = []
     for mode, name in MODES.items():
