@@ -169,7 +169,7 @@ class PrefillAttention {
           o(arena.take<float>(num_heads * kBlockM * kHeadDim)),
           lower(arena.take<int32_t>(kBlockM)),
           upper(arena.take<int32_t>(kBlockM)),
-          tile(arena.take<KeyTile>(1)) {}
+          tiles(arena.take<KeyTile>(2)) {}
 
     Elem* q_of(int64_t head) const { return q + head * kBlockM * kHeadDim / Dot::kPair; }
     LaneState state_of(int64_t head) const {
@@ -179,7 +179,7 @@ class PrefillAttention {
     Elem *q, *k, *v;
     float *s, *m, *l, *o;
     int32_t *lower, *upper;  // row r attends lower[r] < position <= upper[r]
-    KeyTile* tile;
+    KeyTile* tiles;          // at hand, and the next one
   };
 
   void run_block(const Block& block, const Scratch& scratch) const {
@@ -213,15 +213,16 @@ class PrefillAttention {
     if (lo >= hi) return 0;
     const HeadIndexView* index = heads_ == nullptr ? nullptr : heads_ + block.first_head;
     KeyTiles tiles(index, groups_of(block), block.start, lo, hi);
-    KeyTile& tile = *scratch.tile;
     const int64_t vecs = ceil_div(block.rows(), kLanes);
-    bool staged = false;
     int64_t attended = 0;
-    while (tiles.next(tile)) {
-      if (!staged) stage_queries(block, q, scratch);
-      staged = true;
-      const bool masked = needs_mask(block, scratch);
-      const int64_t count = stage_keys(block, index, scratch);
+    bool more = tiles.next(scratch.tiles[0]);
+    if (more) stage_queries(block, q, scratch);
+    for (int parity = 0; more; parity ^= 1) {
+      KeyTile& tile = scratch.tiles[parity];
+      const bool masked = needs_mask(block, tile, scratch);
+      const int64_t count = stage_keys(block, index, tile, scratch);
+      more = tiles.next(scratch.tiles[parity ^ 1]);
+      if (more && p_.key_set != KeySet::kAll) prefetch(block, scratch.tiles[parity ^ 1]);
       for (int64_t h = 0; h < block.num_heads; ++h) {
         attend_tile<Dot, kHeadDim>(count, vecs, scratch.q_of(h), scratch.k, scratch.v, p_.softmax_scale * kLog2E,
                                    tile.positions, {masked ? scratch.lower : nullptr, scratch.upper}, scratch.s,
@@ -247,9 +248,20 @@ class PrefillAttention {
     }
   }
 
+  // Asks for a tile's keys and values while the one before is worked on: no prefetcher foresees where runs and groups
+  // lie.
+  void prefetch(const Block& block, const KeyTile& tile) const {
+    for (const Rows* rows : {&p_.k, &p_.v}) {
+      const T* head = static_cast<const T*>(rows->data) + block.kv_head * rows->head_stride;
+      for (int64_t i = 0; i < tile.num_in_place; ++i) {
+        const T* row = head + tile.positions[i] * rows->row_stride;
+        for (int64_t d = 0; d < kHeadDim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+      }
+    }
+  }
+
   // Brings the tile's keys and values to the scratch; a masked copy of the last one makes their number even.
-  int64_t stage_keys(const Block& block, const HeadIndexView* index, const Scratch& scratch) const {
-    KeyTile& tile = *scratch.tile;
+  int64_t stage_keys(const Block& block, const HeadIndexView* index, KeyTile& tile, const Scratch& scratch) const {
     const T* k = static_cast<const T*>(p_.k.data) + block.kv_head * p_.k.head_stride;
     const T* v = static_cast<const T*>(p_.v.data) + block.kv_head * p_.v.head_stride;
     const auto row_of = [&](int64_t i, const T* head, int64_t stride, const void* columns) {
@@ -272,8 +284,7 @@ class PrefillAttention {
     return count;
   }
 
-  bool needs_mask(const Block& block, const Scratch& scratch) const {
-    const KeyTile& tile = *scratch.tile;
+  static bool needs_mask(const Block& block, const KeyTile& tile, const Scratch& scratch) {
     if (tile.count % 2 != 0) return true;
     int32_t lowest = INT32_MAX, highest = INT32_MIN;
     for (int64_t i = 0; i < tile.count; ++i) lowest = min(lowest, tile.positions[i]);
