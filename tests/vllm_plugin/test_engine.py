@@ -176,16 +176,21 @@ def test_a_question_behind_a_cached_prefix_is_dense(tmp_path: Path) -> None:
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:
-    """Heads are shared out, and with them budgets and key biases."""
+    """Heads are shared out, and with them budgets and key biases; a coverage is every worker's."""
     model = write_model(tmp_path / "model", dual_chunk_attention_config=SPARSE, sparse=uneven_budgets(40, 120))
     prompts = [tokens(300), tokens(513)]
-    engines = [
-        engine(model, [Step([prompt]) for prompt in prompts[:count]], kv_cache_dtype=pages, tensor_parallel_size=2)
-        for count, pages in ((2, "auto"), (1, INT8))
+    kinds: list[tuple[list[list[int]], dict[str, Any]]] = [
+        (prompts, {}),
+        (prompts[:1], {"kv_cache_dtype": INT8}),
+        (prompts[1:], BY_COVERAGE),
     ]
-    exact, int8 = run_engines(engines, workers=2)
-    check([step[0] for step in exact["steps"]], prompts, Reference(model))
-    check([step[0] for step in int8["steps"]], prompts[:1], Reference(model, kv_cache_dtype="int8"), limit=0.02)
+    engines = [
+        engine(model, [Step([prompt]) for prompt in some], tensor_parallel_size=2, **options) for some, options in kinds
+    ]
+    exact, int8, groups = ([step[0] for step in run["steps"]] for run in run_engines(engines, workers=2))
+    check(exact, prompts, Reference(model))
+    check(int8, prompts[:1], Reference(model, kv_cache_dtype="int8"), limit=0.02)
+    check(groups, prompts[1:], Reference(model, coverage=COVERAGE))
 
 
 def test_pipeline_parallel(tmp_path: Path) -> None:
@@ -305,6 +310,16 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "sparse_attention_config must be a list with one entry per layer (2), got 1 entries",
         {"dual_chunk_attention_config": FEW_BUDGETS},
         {},
+    ),
+    (
+        "qwen_sparse: additional_config['qwen_sparse']: coverage must lie in (0, 1), got 1.5",
+        {},
+        {"additional_config": {"qwen_sparse": {"coverage": 1.5}}},
+    ),
+    (
+        "additional_config['qwen_sparse'] is for models with a dual_chunk_attention_config",
+        {"dual_chunk_attention_config": None},
+        BY_COVERAGE,
     ),
 ]
 
