@@ -28,7 +28,9 @@ def add_load_options(parser: argparse._ActionsContainer) -> None:
     """What :func:`load` and :func:`prepare` read besides --model."""
     attention = parser.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
-    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill, also of short prompts")
+    attention.add_argument(
+        "--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill, also of short prompts"
+    )
     parser.add_argument(
         "--coverage",
         type=float,
