@@ -21,7 +21,7 @@ from conftest import DUAL_CHUNK, budgets
 from qwen_sparse import ops, rope
 from qwen_sparse.vllm import lengths, register, support
 from qwen_sparse.vllm.backend import DualChunkBackend, split_cache
-from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder, Prefill
+from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder
 from qwen_sparse.vllm.projection import key_bias, remember_parent
 
 CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
@@ -131,26 +131,6 @@ def test_mixed_batch(builder: DualChunkMetadataBuilder, monkeypatch: pytest.Monk
     expected = [rope.dual_chunk_temperature(length, 256) ** 2 for length in (300, 900)]
     assert batch.scale_factors is not None
     assert batch.scale_factors[:2].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("rows", "seqlen", "prompt_len", "dense"),
-    [
-        (256, 256, 900, 0),  # a piece in the middle
-        (256, 900, 2000, 0),
-        (900, 900, 900, 4),  # a prompt in one piece: its last block
-        (960, 960, 960, 64),
-        (40, 40, 40, 40),
-        (900, 1000, 1010, 40),  # a piece that ends within the last block
-        (512, 1000, 1000, 512),  # up to 512 behind cached ones
-        (513, 1000, 1000, 40),
-        (300, 1000, 1001, 40),  # one token is still to come
-        (700, 1000, 910, 104),  # generated tokens are computed again
-        (700, 1700, 910, 700),
-    ],
-)
-def test_dense_rows(rows: int, seqlen: int, prompt_len: int, dense: int) -> None:
-    assert Prefill(0, slice(5, 5 + rows), seqlen, prompt_len).dense_rows == dense
 
 
 BUDGETS = budgets({"num_attention_heads": 4, "num_hidden_layers": 2}, 40, 100)
