@@ -9,10 +9,10 @@ end the time. Ours and transformers take turns in this process, after a short wa
 them in processes of their own (bench/peers/README.md) and are not measured unless their interpreter is given.
 
 Random weights have no attention structure, so with --density (the default) selection runs and its time counts, but
-attention gets index sets drawn for that density, new ones for every layer, prefill chunk and head. With --budgets
-nothing is replaced. Nothing is timed before short prompts agree with transformers (dense) and with our reference of
-vertical-slash attention (sparse), by the rule of the tests: at most twice the error of plain PyTorch in bf16, both
-measured against float32.
+attention gets index sets drawn for that density, new ones for every layer, prefill chunk and head; the prompt's last
+block is dense and adds to it. With --budgets nothing is replaced. Nothing is timed before short prompts agree with
+transformers (dense) and with our reference of vertical-slash attention (sparse), by the rule of the tests: at most
+twice the error of plain PyTorch in bf16, both measured against float32.
 """
 
 from __future__ import annotations

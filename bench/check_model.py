@@ -183,9 +183,10 @@ def _reference_attention() -> Iterator[None]:
         chunk_len: int,
         vertical: Tensor | None,
         slash: Tensor | None,
+        groups: Tensor | None,
         scale: float,
     ) -> Any:
-        sets = {"vertical_indexes": vertical, "slash_indexes": slash}
+        sets = {"vertical_indexes": vertical, "slash_indexes": slash, "block_groups": groups}
         options: dict[str, Any] = {
             "chunk_len": chunk_len,
             "softmax_scale": scale,

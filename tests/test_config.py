@@ -197,6 +197,8 @@ def test_budgets() -> None:
     assert sparse.vertical_sizes == ((1000, 1000), (130, 1000))  # 30 means 130
     assert sparse.slash_sizes == ((6096, 6096), (800, 6096))
     assert (sparse.enabled, sparse.threshold, sparse.last_q) == (True, 32768, 64)
+    own = sparse.of_layer(1, slice(0, 1))
+    assert (own.vertical_sizes, own.slash_sizes, own.threshold) == (((130,),), ((800,),), 32768)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,7 @@ def test_switches_without_budgets() -> None:
     assert config.sparse_switches == SparseSwitches(enabled=True, threshold=512)
     by_coverage = config.with_coverage(0.9).sparse
     assert by_coverage is not None
+    assert by_coverage.of_layer(1, slice(0, 1)) == by_coverage
     assert by_coverage.threshold == 512
     with pytest.raises(ValueError, match="sparse_attention_enabled is true but there are no budgets"):
         SparseConfig.from_dual_chunk(raw, num_layers=2, num_heads=2)

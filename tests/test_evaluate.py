@@ -235,7 +235,7 @@ def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
         assert Mode.parse(name).name == name
     assert Mode.parse("dca+coverage.90").name == "dca+coverage0.9"
     assert Mode.parse("dca+sparse+int8").title == "DCA + vertical-slash + int8 KV"
-    assert Mode.parse("dca+coverage0.9+int8").title == "DCA + coverage 0.9 + int8 KV"
+    assert Mode.parse("dca+coverage0.9+int8").title == "DCA + block groups (coverage 0.9) + int8 KV"
     runner = Mode.parse("rope+int8").apply(model)
     assert (runner.config.dual_chunk, runner.attention, runner.kv_cache_dtype) == (None, "dense", "int8")
     runner = Mode.parse("dca+sparse").apply(runner.with_options(config=model.config))
@@ -318,7 +318,9 @@ def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_
         Axes, "imshow", lambda axis, values, **options: drawn.append(values) or imshow(axis, values, **options)
     )
     grids = head_grids(rows)
-    assert list(grids) == [f"DCA + {kind}, {n}" for kind in ("vertical-slash", "coverage 0.9") for n in ("1K", "4K")]
+    assert list(grids) == [
+        f"DCA + {kind}, {n}" for kind in ("vertical-slash", "block groups (coverage 0.9)") for n in ("1K", "4K")
+    ]
     draw_heat_maps(grids, tmp_path / "heads.png", row_label=str, xlabel="head", ylabel="layer", value="recall")
     assert drawn == [row["recall_by_head"] for row in (rows[0], rows[2], rows[1], rows[3])]
 

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 from conftest import WriteCheckpoint
+from qwen_sparse import generate_text
 from qwen_sparse.cli import main
+from qwen_sparse.passkey import make_prompt
 from qwen_sparse.serve import command
 from qwen_sparse.serve.server import bind
 from serving import CHAT, chat, eventually, passkey_model
@@ -112,6 +114,21 @@ def test_a_warning_where_anyone_can_reach_it() -> None:
         (warning,) = server.err
         rule = r"qwen-sparse serve: warning: anyone who reaches http://0\.0\.0\.0:\d+ can use it: there is no --api-key"
         assert re.fullmatch(rule, warning)
+
+
+def test_coverage() -> None:
+    """Above the checkpoint's threshold, 2048 tokens, prompts take block groups; answers are those of ``generate``."""
+    model = passkey_model().with_options(attention="auto", coverage=0.5)
+    text = make_prompt(3000, depth=0.4, seed=3).text
+    messages = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    with running("--coverage", "0.5", "--served-model-name", "passkey") as server:
+        answers = [json.load(ask(server, chat(text, temperature=0, max_tokens=8))) for _ in range(2)]
+        eventually(lambda: len(server.records()) == 2, "both are logged")
+        cold, warm = server.records()
+    expected = "".join(generate_text(model, messages, max_new_tokens=8, chunk_tokens=256))
+    assert answers[0]["choices"][0]["message"]["content"] == expected
+    assert cold["density"] < 0.5
+    assert (warm["density"], warm["cached_tokens"]) == (1, cold["prompt_tokens"] // 128 * 128)
 
 
 def test_ipv6() -> None:

@@ -322,6 +322,28 @@ def test_dense_and_sparse_prefill_share_nothing() -> None:
         assert ask(engine, long)[0].end().stats.cached_tokens == len(long) // 128 * 128
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("coverage", [None, 0.8])
+def test_a_question_behind_a_sparse_prefix(coverage: float | None, kv_cache_dtype: str) -> None:
+    """As ``generate`` on a cache of the prefix: up to 512 tokens are dense, more are sparse as the prefix was."""
+    model = MODEL.with_options(attention="sparse", coverage=coverage, kv_cache_dtype=kv_cache_dtype)
+    document = prompt(3072)
+    with serving(model) as engine:
+        first = ask(engine, document)[0]
+        assert first.end().stats.density == pytest.approx(prefill(model, document, chunk_tokens=512).stats.density)
+        assert first.tokens == expected(document, model)
+        for question in ([65, *prompt(299)], [66, *prompt(512)]):
+            second = ask(engine, [*document, *question])[0]
+            stats = second.end().stats
+            assert stats.cached_tokens == len(document)
+            cache = prefill(model, document, chunk_tokens=512).cache
+            density = prefill(model, question, cache=cache, chunk_tokens=512).stats.density
+            assert stats.density == pytest.approx(density)
+            assert (density == 1) == (len(question) <= 512)
+            cache.truncate(len(document))
+            assert second.tokens == expected(question, model, cache=cache)
+
+
 def test_pages_are_used_again_when_there_are_no_others() -> None:
     memory = 16 * kv_cache_bytes(MODEL.config, 128, torch.float32)
     with serving(max_model_len=2048, kv_cache_memory=memory) as engine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,29 +160,79 @@ def test_dual_chunk_refuses_other_positions(load: Load) -> None:
     torch.testing.assert_close(shifted, logits(theirs, ids), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("dual_chunk", [False, True])
-def test_vertical_slash(dual_chunk: bool, load: Load, tmp_path: Path) -> None:
-    theirs, ours = load()
+@pytest.fixture(params=["vertical-slash", "block groups"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def enable_sparse(
+    theirs: nn.Module, ours: Any, kind: str, *, dual_chunk: bool, threshold: int = 100
+) -> tuple[Any, Any]:
+    """Both prefill sparsely; also what ``enable_`` returned for theirs. Ours is the model loaded anew."""
     config = json.loads((ours.path / "config.json").read_text())
-    file = tmp_path / "budgets.json"
-    file.write_text(json.dumps(budgets(config, 40, 120)))
-    plugin.enable_vertical_slash(theirs, file, threshold=100)
+    if kind == "vertical-slash":
+        file = ours.path / "budgets.json"
+        file.write_text(json.dumps(budgets(config, 40, 120)))
+        enabled = plugin.enable_vertical_slash(theirs, file, threshold=threshold)
+    else:
+        enabled = plugin.enable_block_groups(theirs, coverage=0.8, threshold=threshold)
     if dual_chunk:
         plugin.enable_dual_chunk(theirs, **SIZES)
     else:
         del config["dual_chunk_attention_config"]
         (ours.path / "config.json").write_text(json.dumps(config))
-        ours = load_model(ours.path)
-    ids = tokens(500)
-    dense = prefill(ours.with_options(attention="dense"), ids).logits
-    sparse = prefill(ours.with_options(attention="sparse"), ids, chunk_tokens=512).logits
-    actual = logits(theirs, ids)[0, -1]
-    torch.testing.assert_close(actual, sparse, rtol=0, atol=5e-4)
+    coverage = None if kind == "vertical-slash" else 0.8
+    return load_model(ours.path, attention="sparse", coverage=coverage, max_seq_len=2**20), enabled
+
+
+@pytest.mark.parametrize("dual_chunk", [False, True])
+def test_sparse_prefill(kind: str, dual_chunk: bool, load: Load) -> None:
+    """All rows as ours; the last block, which is dense, and a prompt up to the threshold too."""
+    theirs, ours = load()
+    ours, _ = enable_sparse(theirs, ours, kind, dual_chunk=dual_chunk)
+    for count in (500, 512, 513):
+        ids = tokens(count)
+        sparse = prefill(ours, ids, chunk_tokens=1024, logits="all").logits
+        torch.testing.assert_close(logits(theirs, ids)[0], sparse, rtol=0, atol=5e-4)
+    dense = prefill(ours.with_options(attention="dense"), ids, logits="all").logits
     assert (sparse - dense).abs().max() > 0.02
-    short = tokens(100)  # up to the threshold
+    short = tokens(100)
     torch.testing.assert_close(
         logits(theirs, short)[0, -1], prefill(ours.with_options(attention="dense"), short).logits, rtol=0, atol=2e-4
     )
+
+
+@pytest.mark.parametrize("dual_chunk", [False, True])
+def test_continuations(kind: str, dual_chunk: bool, load: Load) -> None:
+    """Up to 512 rows on top of cached keys are dense, more are not; generate goes on from there."""
+    theirs, ours = load()
+    ours, _ = enable_sparse(theirs, ours, kind, dual_chunk=dual_chunk)
+    ids = tokens(1100)
+    for count in (20, 512, 513):
+        theirs_cache, first = transformers.DynamicCache(), prefill(ours, ids[:500], chunk_tokens=1024)
+        logits(theirs, ids[:500], past_key_values=theirs_cache)
+        actual = logits(theirs, ids[500 : 500 + count], past_key_values=theirs_cache)[0]
+        second = prefill(ours, ids[500 : 500 + count], cache=first.cache, chunk_tokens=1024, logits="all")
+        torch.testing.assert_close(actual, second.logits, rtol=0, atol=5e-4)
+        assert (second.stats.density == 1) == (count <= 512)
+    assert generated(theirs, ids[:500], 8) == [list(generate(ours, ids[:500], max_new_tokens=8, stop_token_ids=()))]
+
+
+def test_sparse_prefill_of_a_padded_batch(kind: str, load: Load) -> None:
+    theirs, ours = load()
+    enable_sparse(theirs, ours, kind, dual_chunk=True)
+    prompts = [tokens(400, 1), tokens(330, 2)]
+    for padding in ("left", "right"):
+        ids, shown = torch.zeros(2, 400, dtype=torch.long), torch.zeros(2, 400, dtype=torch.long)
+        positions = torch.zeros(2, 400, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            place = slice(400 - len(prompt), 400) if padding == "left" else slice(0, len(prompt))
+            ids[row, place], shown[row, place] = prompt, 1
+            positions[row, place] = torch.arange(len(prompt))
+        actual = logits(theirs, ids, attention_mask=shown, position_ids=positions)
+        for row, prompt in enumerate(prompts):
+            expected = logits(theirs, prompt)[0]
+            torch.testing.assert_close(actual[row][shown[row].bool()], expected, rtol=0, atol=2e-4)
 
 
 def test_remove_restores_the_model(load: Load) -> None:
@@ -194,6 +243,30 @@ def test_remove_restores_the_model(load: Load) -> None:
     assert (logits(theirs, ids) - expected).abs().max() > 0.01
     enabled.remove()
     enabled.remove()
+    assert theirs.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(theirs, ids), expected)
+
+
+def test_remove_in_any_order(kind: str, load: Load) -> None:
+    """What one enabled goes, what another did stays; the last restores the model's own attention."""
+    theirs, ours = load(attn="sdpa")
+    ids = tokens(300)
+    expected = logits(theirs, ids)
+    dual_chunk = plugin.enable_dual_chunk(theirs, **SIZES)
+    chunked = logits(theirs, ids)
+    dual_chunk.remove()
+    _, first = enable_sparse(theirs, ours, kind, dual_chunk=False)
+    sparse = logits(theirs, ids)
+    dual_chunk = plugin.enable_dual_chunk(theirs, **SIZES)
+    both = logits(theirs, ids)
+    assert min((a - b).abs().max() for a, b in ((both, chunked), (both, sparse), (sparse, expected))) > 0.01
+    first.remove()
+    assert torch.equal(logits(theirs, ids), chunked)
+    second = plugin.enable_block_groups(theirs, coverage=0.5, threshold=100)
+    dual_chunk.remove()
+    assert theirs.config._attn_implementation == plugin.NAME
+    assert (logits(theirs, ids) - expected).abs().max() > 0.01
+    second.remove()
     assert theirs.config._attn_implementation == "sdpa"
     assert torch.equal(logits(theirs, ids), expected)
 
@@ -252,6 +325,19 @@ def test_enabling_checks_the_model(load: Load) -> None:
     for name, value in (("threshold", "x"), ("threshold", -1), ("last_q", 0), ("last_q", 65)):
         with pytest.raises(ValueError, match=f"{name} must be an integer in .*got '?{value}"):
             plugin.enable_vertical_slash(theirs, fitting, **{name: value})
+    for value in (0.0, 1.0, "0.9"):
+        with pytest.raises(ValueError, match=rf"coverage must lie in \(0, 1\), got '?{value}"):
+            plugin.enable_block_groups(theirs, coverage=value)
+    with pytest.raises(ValueError, match=r"threshold must be an integer in .*got -1"):
+        plugin.enable_block_groups(theirs, threshold=-1)
+    enabled = plugin.enable_block_groups(theirs)
+    with pytest.raises(ValueError, match=r"enable_vertical_slash: .* has block groups already; remove\(\)"):
+        plugin.enable_vertical_slash(theirs, fitting)
+    enabled.remove()
+    enabled = plugin.enable_vertical_slash(theirs, fitting)
+    with pytest.raises(ValueError, match=r"enable_block_groups: .* has vertical-slash attention already; remove\(\)"):
+        plugin.enable_block_groups(theirs)
+    enabled.remove()
     with pytest.raises(ValueError, match="one rotary_emb, got 0"):
         plugin.enable_dual_chunk(nn.Linear(2, 2), **SIZES)
     windowed = transformers.Qwen2ForCausalLM(

@@ -80,8 +80,9 @@ class ChatSession:
     """A conversation over documents, and the cache that holds its tokens.
 
     A turn keeps the longest common prefix of its prompt and the cached tokens, and prefills the rest. Kept keys are
-    those of the turn that computed them. Whether the rest is prefilled with sparse attention follows from the length of
-    the whole prompt, as without a cache; it does not change kept keys.
+    those of the turn that computed them. Up to 512 tokens behind kept ones are prefilled densely. Whether more are
+    prefilled with sparse attention follows from the length of the whole prompt, as without a cache; it does not change
+    kept keys.
 
     An exception out of :meth:`ask`, KeyboardInterrupt included, leaves a session that goes on: its conversation has the
     question and the answer so far, or neither where there is no answer yet.

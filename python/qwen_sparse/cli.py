@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-sparse",
-        description="Million-token Qwen prompts: Dual Chunk Attention and vertical-slash sparse attention.",
+        description="Million-token Qwen prompts: Dual Chunk Attention and sparse prefill.",
     )
     parser.add_argument("--version", action="version", version=f"qwen-sparse {version('qwen-sparse')}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -343,6 +343,13 @@ class SparseConfig:
             )
         return None
 
+    def of_layer(self, layer: int, heads: slice = slice(None)) -> SparseConfig:
+        """Budgets of one layer and some of its heads, as a config of that one layer; a coverage is the same for all."""
+        if self.coverage is not None:
+            return self
+        sizes = (self.vertical_sizes[layer][heads],), (self.slash_sizes[layer][heads],)
+        return replace(self, vertical_sizes=sizes[0], slash_sizes=sizes[1])
+
 
 def _layer_budgets(heads: object, num_heads: int, where: str) -> list[tuple[int, int]]:
     """(V, S) of every head of one layer."""

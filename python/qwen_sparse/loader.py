@@ -50,9 +50,11 @@ def load_model(
             Attention, which have no longest position; max_position_embeddings for others.
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
             longer than their threshold; "dense" never; "sparse" always. "auto" needs budgets (or a coverage) where
-            config.json says ``sparse_attention_enabled: true``, "sparse" always does.
-        coverage: share of attention, in (0, 1), that sparse prefill chooses its index sets for, per head and prefill
-            chunk; the checkpoint needs no budgets then, and its own are not used. None: budgets.
+            config.json says ``sparse_attention_enabled: true``, "sparse" always does. Rows that are read are dense in
+            any case: a prompt's last block, and up to 512 on top of a cache.
+        coverage: share of attention over all rows, in (0, 1), that sparse prefill is to keep by block groups, chosen
+            per head and 64 rows (:mod:`qwen_sparse.coverage`); the checkpoint needs no budgets then, and its own are
+            not used. None: vertical-slash attention by budgets.
 
     Raises:
         FileNotFoundError: there is no such directory, config or weight file.

@@ -28,9 +28,14 @@ def add_load_options(parser: argparse._ActionsContainer) -> None:
     """What :func:`load` and :func:`prepare` read besides --model."""
     attention = parser.add_mutually_exclusive_group()
     attention.add_argument("--dense", dest="attention", action="store_const", const="dense", help="dense prefill")
-    attention.add_argument("--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill")
+    attention.add_argument(
+        "--sparse", dest="attention", action="store_const", const="sparse", help="sparse prefill, also of short prompts"
+    )
     parser.add_argument(
-        "--coverage", type=float, help="sparse prefill by share of attention, e.g. 0.95, not by budgets"
+        "--coverage",
+        type=float,
+        help="sparse prefill with block groups (docs/block-groups.md), not by the checkpoint's vertical-slash budgets: "
+        "the share of attention to keep over all rows, such as 0.95, as measured on released models",
     )
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")

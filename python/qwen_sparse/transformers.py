@@ -1,11 +1,11 @@
-"""The kernels inside transformers: ``attn_implementation="qwen_sparse"``, Dual Chunk Attention, vertical-slash prefill.
+"""The kernels inside transformers: ``attn_implementation="qwen_sparse"``, Dual Chunk Attention, sparse prefill.
 
     import qwen_sparse.transformers as plugin
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="qwen_sparse")
     plugin.enable_dual_chunk(model, chunk_size=262144, local_size=8192)
-    plugin.enable_vertical_slash(model, path / "sparse_attention_config.json")
+    plugin.enable_block_groups(model, coverage=0.95)  # or enable_vertical_slash(model, "sparse_attention_config.json")
     model.generate(...)
 
 Importing this module registers the attention. It serves any model that goes through transformers' attention interface
@@ -17,6 +17,9 @@ Dual Chunk Attention needs positions modulo the chunk length, so the model's rot
 are in their intra-chunk rotation, and the other two follow from it by a further rotation of their own distance. The
 cache holds keys as the definition wants them. One sequence of a batch is one call of our ops, and a decode step goes
 through the prefill kernels: for serving, see docs/vllm.md or qwen_sparse.generate.
+
+Sparse prefill, by budgets or by coverage, leaves rows that are read dense: up to 512 on top of cached keys (a question
+about what was cached, a decode step), and the last block of every other forward pass (from a multiple of 64 on).
 """
 
 from __future__ import annotations
@@ -36,14 +39,25 @@ from transformers.masking_utils import sdpa_mask
 from . import ops, rope
 from .checkpoint import parse_json
 from .config import DualChunkConfig, SparseConfig
+from .models.qwen2 import Queries
+from .plugins import attend, dense_rows
 
-__all__ = ["NAME", "Enabled", "attention", "attention_mask", "enable_dual_chunk", "enable_vertical_slash", "register"]
+__all__ = [
+    "NAME",
+    "Enabled",
+    "attention",
+    "attention_mask",
+    "enable_block_groups",
+    "enable_dual_chunk",
+    "enable_vertical_slash",
+    "register",
+]
 
 NAME = "qwen_sparse"
 """For ``attn_implementation`` and ``model.set_attn_implementation``."""
 _SETTINGS = "_qwen_sparse"  # attribute of attention modules
+_PREVIOUS = "_qwen_sparse_previous"  # attribute of models: the attention that they had
 _UNSUPPORTED = {"softcap": "soft capping of logits", "s_aux": "attention sinks", "position_bias": "a position bias"}
-_FEW_ROWS = 16  # up to this many rows are a decode step, which is dense
 
 
 class _Positions:
@@ -61,11 +75,8 @@ class _Settings:
     inv_freq: Tensor | None = None
     positions: _Positions | None = None
     """With ``dual_chunk``; the same object in all layers."""
-    vertical_sizes: tuple[int, ...] = ()
-    """By head; empty: dense."""
-    slash_sizes: tuple[int, ...] = ()
-    threshold: int = 0
-    last_q: int = 64
+    sparse: SparseConfig | None = None
+    """Of this layer; None: dense."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,7 @@ def enable_dual_chunk(
     undo = [_use(model)]
     inv_freq, positions = cast(Tensor, embedding.inv_freq).double(), _Positions()
     for module in modules:
-        settings = replace(_settings(module), dual_chunk=dual_chunk, inv_freq=inv_freq, positions=positions)
-        undo.append(_set(module, settings))
+        undo.append(_set(module, dual_chunk=dual_chunk, inv_freq=inv_freq, positions=positions))
 
     def positions_in_chunk(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if "position_ids" in kwargs:
@@ -173,8 +183,8 @@ def enable_vertical_slash(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: budgets that do not fit the model, a threshold or number of voting rows out of range, or enabled
-            already.
+        ValueError: budgets that do not fit the model, a threshold or number of voting rows out of range, or sparse
+            prefill enabled already.
     """
     modules = _attention_modules(model)
     if isinstance(budgets, str | Path):
@@ -183,23 +193,38 @@ def enable_vertical_slash(
     sparse = SparseConfig.from_budgets(
         budgets, num_layers=len(modules), num_heads=num_heads, threshold=threshold, last_q=last_q
     )
+    return _enable_sparse("enable_vertical_slash", model, sparse)
+
+
+def enable_block_groups(model: nn.Module, *, coverage: float = 0.95, threshold: int = 32768) -> Enabled:
+    """Prefill with block groups (:mod:`qwen_sparse.coverage`) where a prompt is longer than ``threshold``.
+
+    Each head and block of 64 rows attends the groups of 16 keys that are estimated to matter to it; no budgets needed.
+
+    Args:
+        model: a transformers decoder.
+        coverage: share of attention to keep, in (0, 1).
+        threshold: prompts of up to this many tokens, cached ones included, stay dense.
+
+    Returns:
+        What undoes the change.
+
+    Raises:
+        ValueError: a coverage or threshold out of range, or sparse prefill enabled already.
+    """
+    return _enable_sparse("enable_block_groups", model, SparseConfig(coverage=coverage, threshold=threshold))
+
+
+def _enable_sparse(name: str, model: nn.Module, sparse: SparseConfig) -> Enabled:
+    modules = _attention_modules(model)
+    for module in modules:
+        enabled = _settings(module).sparse
+        if enabled is not None:
+            kind = "vertical-slash attention" if enabled.coverage is None else "block groups"
+            raise ValueError(f"{name}: this model has {kind} already; remove() what enabled it first")
     undo = [_use(model)]
     for module in modules:
-        if _settings(module).vertical_sizes:
-            raise ValueError("enable_vertical_slash: this model has vertical-slash attention already")
-        layer = module.layer_idx
-        undo.append(
-            _set(
-                module,
-                replace(
-                    _settings(module),
-                    vertical_sizes=sparse.vertical_sizes[layer],
-                    slash_sizes=sparse.slash_sizes[layer],
-                    threshold=threshold,
-                    last_q=last_q,
-                ),
-            )
-        )
+        undo.append(_set(module, sparse=sparse.of_layer(module.layer_idx)))
     return Enabled(undo)
 
 
@@ -319,57 +344,38 @@ def _attend(
     settings: _Settings, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """One sequence, ``[n, num_heads, head_dim]``."""
-    seqlen, dual_chunk = k.shape[0], settings.dual_chunk
-    sparse = bool(settings.vertical_sizes) and q.shape[0] > _FEW_ROWS and seqlen > settings.threshold
-    if (sparse or dual_chunk is not None) and (not causal or window is not None):
+    seqlen, dual_chunk, sparse = k.shape[0], settings.dual_chunk, settings.sparse
+    dense = dense_rows(q.shape[0], seqlen, seqlen)
+    if sparse is not None and (seqlen <= sparse.threshold or dense == q.shape[0]):
+        sparse = None
+    if (sparse is not None or dual_chunk is not None) and (not causal or window is not None):
         raise NotImplementedError(
-            "Dual Chunk Attention and vertical-slash attention are causal and without a sliding window, "
+            "Dual Chunk Attention and sparse attention are causal and without a sliding window, "
             f"got is_causal = {causal}, sliding_window = {window}"
         )
     if dual_chunk is not None:
         scale *= rope.dual_chunk_temperature(seqlen, dual_chunk.original_max_position_embeddings) ** 2
         if seqlen <= dual_chunk.chunk_len:
             dual_chunk = None  # plain RoPE, which it equals
-    if dual_chunk is None and not sparse:
+    if dual_chunk is None and sparse is None:
         return cast(Tensor, ops.attention(q, k, v, softmax_scale=scale, causal=causal, window=window))
-    indexes: dict[str, Any] = _choose(settings, q, k, scale, dual_chunk) if sparse else {}
-    if dual_chunk is None:
-        return cast(Tensor, ops.vertical_slash_attention(q, k, v, **indexes, softmax_scale=scale))
-    return cast(
-        Tensor,
-        ops.dual_chunk_attention(
-            q,
-            _further(settings, q, seqlen, clamp=True),
-            _further(settings, q, seqlen),
-            k,
-            v,
-            chunk_len=dual_chunk.chunk_len,
-            softmax_scale=scale,
-            **indexes,
-        ),
-    )
+    queries = Queries(q) if dual_chunk is None else _rotations(settings, dual_chunk, sparse, q, seqlen)
+    return attend(queries, k, v, scale, sparse, dense)
 
 
-def _choose(
-    settings: _Settings, q: Tensor, k: Tensor, scale: float, dual_chunk: DualChunkConfig | None
-) -> dict[str, Tensor]:
-    """Index sets from the last rows, under Dual Chunk Attention in rotations that are not clamped."""
-    last = q[-settings.last_q :]
-    options: dict[str, Any] = {}
-    if dual_chunk is not None:
-        distances = dual_chunk.chunk_len, dual_chunk.chunk_size
-        q_succ, q_inter = (_rotate(settings, last, torch.full((last.shape[0],), distance)) for distance in distances)
-        options = {"q_succ": q_succ, "q_inter": q_inter, "chunk_len": dual_chunk.chunk_len}
-    vertical, slash = ops.select_vertical_slash(
-        q,
-        k,
-        vertical_size=settings.vertical_sizes,
-        slash_size=settings.slash_sizes,
-        last_q=settings.last_q,
-        softmax_scale=scale,
-        **options,
+def _rotations(
+    settings: _Settings, dual_chunk: DualChunkConfig, sparse: SparseConfig | None, q: Tensor, seqlen: int
+) -> Queries:
+    """All rotations of queries that come in their intra-chunk rotation; those that are not clamped are for budgets."""
+    q_succ, q_inter = _further(settings, q, seqlen, clamp=True), _further(settings, q, seqlen)
+    if sparse is None or sparse.coverage is not None:
+        return Queries(q, q_succ, q_inter, dual_chunk.chunk_len)
+    last = q[-sparse.last_q :]
+    critical = (
+        _rotate(settings, last, torch.full((last.shape[0],), distance))
+        for distance in (dual_chunk.chunk_len, dual_chunk.chunk_size)
     )
-    return {"vertical_indexes": vertical, "slash_indexes": slash}
+    return Queries(q, q_succ, q_inter, dual_chunk.chunk_len, *critical)
 
 
 def _further(settings: _Settings, q: Tensor, seqlen: int, *, clamp: bool = False) -> Tensor:
@@ -406,18 +412,27 @@ def _settings(module: nn.Module) -> _Settings:
     return cast(_Settings, getattr(module, _SETTINGS, _Settings()))
 
 
-def _set(module: nn.Module, settings: _Settings) -> Callable[[], object]:
-    previous = _settings(module)
-    setattr(module, _SETTINGS, settings)
-    return lambda: setattr(module, _SETTINGS, previous)
+def _set(module: nn.Module, **changes: Any) -> Callable[[], object]:
+    """Changes some settings; the result makes those the defaults again and leaves others, whatever came in between."""
+    setattr(module, _SETTINGS, replace(_settings(module), **changes))
+    defaults = {name: getattr(_Settings(), name) for name in changes}
+    return lambda: setattr(module, _SETTINGS, replace(_settings(module), **defaults))
 
 
 def _use(model: nn.Module) -> Callable[[], object]:
-    """Makes the model use our attention; the result restores what it had."""
-    switch = cast(Any, model).set_attn_implementation
-    previous = cast(Any, model).config._attn_implementation
-    switch(NAME)
-    return lambda: switch(previous)
+    """Makes the model use our attention; the result restores what it had, once nothing is enabled any more."""
+    target = cast(Any, model)
+    if not hasattr(target, _PREVIOUS):
+        setattr(target, _PREVIOUS, target.config._attn_implementation)
+    target.set_attn_implementation(NAME)
+
+    def restore() -> None:
+        settings = [_settings(module) for module in _attention_modules(model)]
+        if all(each.dual_chunk is None and each.sparse is None for each in settings):
+            target.set_attn_implementation(getattr(target, _PREVIOUS))
+            delattr(target, _PREVIOUS)
+
+    return restore
 
 
 def _attention_modules(model: nn.Module) -> list[Any]:

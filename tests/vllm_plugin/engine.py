@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qwen_sparse
 from conftest import DUAL_CHUNK, TINY, budgets, random_tensors, save_tensors
+from qwen_sparse.models.qwen2 import CONTINUATION_ROWS
 
 CONFIG: dict[str, Any] = {
     **TINY,
@@ -120,7 +121,8 @@ class Reference:
     def logprobs(self, prompt: list[int], output: list[int], rows: int = PREFILL_ROWS) -> Tensor:
         """Of every token behind the first: ``[len(prompt) - 1 + len(output), vocab]``; prefilled ``rows`` at a time.
 
-        A piece of one row is dense: to vLLM it is a decode step.
+        Pieces that vLLM's plugin attends densely are dense: one row, a decode step to vLLM, and up to 512 that end a
+        prompt behind others.
         """
         model, cache = self.model, self.model.new_cache()
         sparse = model.prefills_sparse(len(prompt))
@@ -130,8 +132,11 @@ class Reference:
             assert logits is not None
             return logits
 
-        cuts = [prompt[i : i + rows] for i in range(0, len(prompt), rows)]
-        pieces = [run(piece, sparse and len(piece) > 1) for piece in cuts]
+        pieces = []
+        for begin in range(0, len(prompt), rows):
+            piece = prompt[begin : begin + rows]
+            ends = begin > 0 and begin + rows >= len(prompt) and len(piece) <= CONTINUATION_ROWS
+            pieces.append(run(piece, sparse and len(piece) > 1 and not ends))
         pieces += [run([token], False) for token in output[:-1]]
         return torch.cat(pieces).log_softmax(-1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from engine import (
     CONFIG,
+    PREFILL_ROWS,
     Reference,
     Step,
     engine,
@@ -19,6 +20,7 @@ from engine import (
     write_model,
 )
 
+import qwen_sparse
 from conftest import DUAL_CHUNK, budgets
 
 CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
@@ -27,9 +29,15 @@ EXACT = 1e-4
 """Log-probabilities of float32 runs; logits are of the order of 10, and the order of sums differs."""
 
 
-def check(results: list[dict[str, Any]], prompts: list[list[int]], reference: Reference, limit: float = EXACT) -> None:
+def check(
+    results: list[dict[str, Any]],
+    prompts: list[list[int]],
+    reference: Reference,
+    limit: float = EXACT,
+    rows: int = PREFILL_ROWS,
+) -> None:
     for request, prompt in zip(results, prompts, strict=True):
-        error = worst(request, reference.logprobs(prompt, request["tokens"]))
+        error = worst(request, reference.logprobs(prompt, request["tokens"], rows))
         assert error <= limit, f"prompt of {len(prompt)} tokens: log-probabilities differ by {error}"
 
 
@@ -94,33 +102,95 @@ SPARSE = {**DUAL_CHUNK, "sparse_attention_threshold": 400}
 
 
 def test_sparse_prefill(tmp_path: Path) -> None:
-    """Above the threshold vertical-slash, with budgets by layer and head; up to it dense; decode dense."""
+    """Above the threshold vertical-slash, with budgets by layer and head; up to it dense; decode dense.
+
+    In pieces of 256, those of 401 tokens are dense: 256 are attended by 120 distances, 145 end a prompt.
+    """
     model = write_model(tmp_path / "model", dual_chunk_attention_config=SPARSE, sparse=uneven_budgets(40, 120))
     prompts = [tokens(length) for length in (130, 400, 401, 700)]
     steps = [Step([prompt]) for prompt in prompts]
-    runs = run_engines([engine(model, steps, kv_cache_dtype=pages) for pages in ("auto", INT8)])
-    for run, pages, limit in zip(runs, ("auto", "int8"), (EXACT, 0.05), strict=True):
+    kinds = [("auto", PREFILL_ROWS), ("auto", 1024), (INT8, 1024)]
+    engines = [engine(model, steps, kv_cache_dtype=pages, max_num_batched_tokens=rows) for pages, rows in kinds]
+    for run, (pages, rows) in zip(run_engines(engines), kinds, strict=True):
         results = [step[0] for step in run["steps"]]
-        check(results, prompts, Reference(model, kv_cache_dtype=pages), limit)
-        dense = Reference(model, kv_cache_dtype=pages, attention="dense")
+        options = {"kv_cache_dtype": "auto" if pages == "auto" else "int8"}
+        limit = EXACT if pages == "auto" else 0.05
+        check(results, prompts, Reference(model, **options), limit, rows)
+        dense = Reference(model, attention="dense", **options)
         errors = [
-            worst(result, dense.logprobs(prompt, result["tokens"]))
-            for result, prompt in zip(results, prompts, strict=True)
+            worst(got, dense.logprobs(prompt, got["tokens"])) for got, prompt in zip(results, prompts, strict=True)
         ]
-        assert [error > 5 * limit for error in errors] == [False, False, True, True]
+        assert [error > 5 * limit for error in errors] == [False, False, rows == 1024, True]
+
+
+COVERAGE = 0.8
+BY_COVERAGE = {"additional_config": {"qwen_sparse": {"coverage": COVERAGE}}}
+
+
+def test_block_groups(tmp_path: Path) -> None:
+    """By coverage, in pieces of 256 and in one: as our model, with budgets beside the model or without."""
+    model = write_model(tmp_path / "model", dual_chunk_attention_config=SPARSE, sparse=uneven_budgets(40, 120))
+    without = write_model(tmp_path / "without", dual_chunk_attention_config=SPARSE)
+    prompts = [tokens(length) for length in (400, 401, 640, 700)]
+    steps = [Step([prompt]) for prompt in prompts]
+    whole = {"max_num_batched_tokens": 1024}
+    engines = [
+        engine(model, steps, **BY_COVERAGE),
+        engine(without, steps, **BY_COVERAGE, **whole),
+        engine(without, steps, **BY_COVERAGE, **whole, kv_cache_dtype=INT8),
+    ]
+    pieces, one, int8 = ([step[0] for step in run["steps"]] for run in run_engines(engines))
+    reference = Reference(without, coverage=COVERAGE)
+    check(pieces, prompts, reference)
+    quantised = Reference(without, coverage=COVERAGE, kv_cache_dtype="int8")
+    for results, ours, limit in ((one, reference, EXACT), (int8, quantised, 0.05)):
+        check(results, prompts, ours, limit, rows=1024)
+    dense = Reference(without, attention="dense")
+    errors = [worst(got, dense.logprobs(prompt, got["tokens"])) for got, prompt in zip(one, prompts, strict=True)]
+    assert [error > 100 * EXACT for error in errors] == [False, True, True, True]
+    # Where a prompt is cut does not matter to rows before its last piece, which is dense.
+    for cut, uncut in zip(pieces[2:], one[2:], strict=True):
+        assert float((cut["prompt_logprobs"] - uncut["prompt_logprobs"])[:512].abs().max()) <= EXACT
+
+
+def test_a_question_behind_a_cached_prefix_is_dense(tmp_path: Path) -> None:
+    """By coverage: the prefix from the cache, then up to 512 rows densely; a longer rest is sparse."""
+    chunk = {**SPARSE, "original_max_position_embeddings": 0}  # or the prefix had the temperature of another prompt
+    model = write_model(tmp_path / "model", dual_chunk_attention_config=chunk)
+    text = tokens(704)
+    prompts = [text, text + tokens(90, seed=1), text[:640] + tokens(560, seed=2)]
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 2048, **BY_COVERAGE}
+    run = run_engine(model, [Step([prompt]) for prompt in prompts], **options)
+    results = [step[0] for step in run["steps"]]
+    assert [result["num_cached_tokens"] for result in results] == [0, 704, 640]
+    ours = qwen_sparse.load_model(model, attention="sparse", coverage=COVERAGE)
+    for prompt, result, known in zip(prompts, results, (0, 704, 640), strict=True):
+        cache = qwen_sparse.prefill(ours, text).cache if known else ours.new_cache()
+        cache.truncate(known)
+        first = qwen_sparse.prefill(ours, prompt[known:], cache=cache)
+        assert (first.stats.density == 1) == (known == 704)
+        logits = [first.logits]
+        for token in result["tokens"][:-1]:
+            logits.append(qwen_sparse.prefill(ours, [token], cache=cache).logits)
+        assert float((result["logprobs"] - torch.stack(logits).log_softmax(-1)).abs().max()) <= EXACT
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:
-    """Heads are shared out, and with them budgets and key biases."""
+    """Heads are shared out, and with them budgets and key biases; a coverage is every worker's."""
     model = write_model(tmp_path / "model", dual_chunk_attention_config=SPARSE, sparse=uneven_budgets(40, 120))
     prompts = [tokens(300), tokens(513)]
-    engines = [
-        engine(model, [Step([prompt]) for prompt in prompts[:count]], kv_cache_dtype=pages, tensor_parallel_size=2)
-        for count, pages in ((2, "auto"), (1, INT8))
+    kinds: list[tuple[list[list[int]], dict[str, Any]]] = [
+        (prompts, {}),
+        (prompts[:1], {"kv_cache_dtype": INT8}),
+        (prompts[1:], BY_COVERAGE),
     ]
-    exact, int8 = run_engines(engines, workers=2)
-    check([step[0] for step in exact["steps"]], prompts, Reference(model))
-    check([step[0] for step in int8["steps"]], prompts[:1], Reference(model, kv_cache_dtype="int8"), limit=0.02)
+    engines = [
+        engine(model, [Step([prompt]) for prompt in some], tensor_parallel_size=2, **options) for some, options in kinds
+    ]
+    exact, int8, groups = ([step[0] for step in run["steps"]] for run in run_engines(engines, workers=2))
+    check(exact, prompts, Reference(model))
+    check(int8, prompts[:1], Reference(model, kv_cache_dtype="int8"), limit=0.02)
+    check(groups, prompts[1:], Reference(model, coverage=COVERAGE))
 
 
 def test_pipeline_parallel(tmp_path: Path) -> None:
@@ -240,6 +310,16 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "sparse_attention_config must be a list with one entry per layer (2), got 1 entries",
         {"dual_chunk_attention_config": FEW_BUDGETS},
         {},
+    ),
+    (
+        "qwen_sparse: additional_config['qwen_sparse']: coverage must lie in (0, 1), got 1.5",
+        {},
+        {"additional_config": {"qwen_sparse": {"coverage": 1.5}}},
+    ),
+    (
+        "additional_config['qwen_sparse'] is for models with a dual_chunk_attention_config",
+        {"dual_chunk_attention_config": None},
+        BY_COVERAGE,
     ),
 ]
 

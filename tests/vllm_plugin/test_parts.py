@@ -17,11 +17,11 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, compute_layer_kv_cache_shape_bytes
 
-from conftest import DUAL_CHUNK
+from conftest import DUAL_CHUNK, budgets
 from qwen_sparse import ops, rope
 from qwen_sparse.vllm import lengths, register, support
 from qwen_sparse.vllm.backend import DualChunkBackend, split_cache
-from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder, Prefill
+from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder
 from qwen_sparse.vllm.projection import key_bias, remember_parent
 
 CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
@@ -126,12 +126,68 @@ def test_mixed_batch(builder: DualChunkMetadataBuilder, monkeypatch: pytest.Monk
     assert (batch.num_decodes, batch.num_rows) == (2, 52)
     assert [tuple(prefill) for prefill in batch.prefills] == [(2, slice(2, 32), 130, 900), (3, slice(32, 52), 40, 40)]
     assert torch.equal(batch.rotations, batch.positions % CHUNK_LEN)
-    assert [prefill.in_prompt for prefill in batch.prefills] == [True, True]
-    assert [Prefill(0, slice(2, 12), seqlen, 100).in_prompt for seqlen in (109, 110)] == [True, False]
+    assert [prefill.dense_rows for prefill in batch.prefills] == [0, 20]
     # The second row is one token of a longer prompt: its temperature follows the prompt.
     expected = [rope.dual_chunk_temperature(length, 256) ** 2 for length in (300, 900)]
     assert batch.scale_factors is not None
     assert batch.scale_factors[:2].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+BUDGETS = budgets({"num_attention_heads": 4, "num_hidden_layers": 2}, 40, 100)
+
+
+@pytest.mark.parametrize(
+    ("additional", "dual_chunk", "coverage", "threshold"),
+    [
+        ({}, {}, None, None),
+        ({"other": {"coverage": 3}}, {"sparse_attention_config": BUDGETS}, None, 32768),
+        ({"qwen_sparse": {"coverage": 0.95}}, {"sparse_attention_config": BUDGETS}, 0.95, 32768),
+        ({"qwen_sparse": {"coverage": 0.9}}, {"sparse_attention_threshold": 400}, 0.9, 400),
+        ({"qwen_sparse": {"coverage": 0.9, "threshold": 0}}, {"sparse_attention_threshold": 400}, 0.9, 0),
+        ({"qwen_sparse": {"coverage": 0.9}}, {"sparse_attention_enabled": True}, 0.9, 32768),
+    ],
+)
+def test_sparse_config(
+    additional: dict[str, Any], dual_chunk: dict[str, Any], coverage: float | None, threshold: int | None
+) -> None:
+    """A coverage replaces budgets, and needs none."""
+    found = support.sparse_config(additional, {**DUAL_CHUNK, **dual_chunk}, num_layers=2, num_heads=4)
+    assert (found and (found.coverage, found.threshold, found.enabled)) == (
+        None if threshold is None else (coverage, threshold, True)
+    )
+    if found is not None:
+        own = found.of_layer(1, slice(2, 4))
+        assert own.vertical_sizes == (() if coverage else ((40, 40),))
+        assert own.slash_sizes == (() if coverage else ((100, 100),))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (0.95, r'must be an object such as {"coverage": 0\.95}, got 0\.95'),
+        ({}, r"must have a coverage, the share of attention to keep, got {}"),
+        ({"threshold": 5}, r"must have a coverage, the share of attention to keep, got {'threshold': 5}"),
+        ({"coverage": 0.9, "budget": 5}, "unsupported keys budget; known are coverage, threshold"),
+        ({"coverage": 1.5}, r"coverage must lie in \(0, 1\), got 1\.5"),
+        ({"coverage": "0.9"}, r"coverage must lie in \(0, 1\), got '0\.9'"),
+        ({"coverage": 0.9, "threshold": -1}, r"threshold must be an integer in \[0, .*got -1"),
+        ({"coverage": 0.9, "threshold": 1.5}, r"threshold must be an integer in \[0, .*got 1\.5"),
+    ],
+)
+def test_wrong_additional_config(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^qwen_sparse: additional_config\['qwen_sparse'\].*" + message):
+        support.sparse_config({"qwen_sparse": options}, DUAL_CHUNK, num_layers=2, num_heads=4)
+
+
+def test_additional_config_without_dual_chunk() -> None:
+    """Options of the plugin for a model that it leaves alone would do nothing, so they are refused."""
+    asked = {"qwen_sparse": {"coverage": 0.9}}
+    support.check_unused(engine_config(additional_config=asked))
+    plain = engine_config(additional_config={}, model_config__hf_text_config=SimpleNamespace())
+    support.check_unused(plain)
+    plain.additional_config = asked
+    with pytest.raises(ValueError, match="is for models with a dual_chunk_attention_config, and this one has none"):
+        support.check_unused(plain)
 
 
 def test_decode_batches_lie_at_fixed_addresses(builder: DualChunkMetadataBuilder) -> None:

@@ -88,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--lengths", type=_lengths, default=[2**12, 2**14], help="tokens, e.g. 1k,4k,1m (4k,16k)")
-    parser.add_argument("--modes", type=_modes, help="rope or dca, then +sparse or +coverage0.95, then +int8")
+    parser.add_argument(
+        "--modes",
+        type=_modes,
+        help="rope or dca, then +sparse (by budgets) or +coverage0.95 (block groups), then +int8",
+    )
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the JSON and the figures")

@@ -17,16 +17,16 @@ _NAME = re.compile(r"(?P<rotation>rope|dca)(?P<sparse>\+sparse|\+coverage(?P<cov
 class Mode:
     """How to run a model. Its name is ``rope`` or ``dca``, then ``+sparse`` or ``+coverage0.95``, then ``+int8``.
 
-    Without the second part prefill is dense. ``sparse`` takes the checkpoint's budgets, ``coverage`` index sets chosen
-    for that share of attention (:mod:`qwen_sparse.coverage`); both prefill every prompt sparsely, also one that the
-    checkpoint's threshold would leave dense.
+    Without the second part prefill is dense. ``sparse`` is vertical-slash attention by the checkpoint's budgets,
+    ``coverage`` block groups that keep that share of attention (:mod:`qwen_sparse.coverage`); both prefill every prompt
+    sparsely, also one that the checkpoint's threshold would leave dense.
     """
 
     dual_chunk: bool
     sparse: bool = False
-    """Vertical-slash prefill."""
+    """Sparse prefill."""
     coverage: float | None = None
-    """Share of attention that its index sets are chosen for; None: budgets."""
+    """Share of attention that its block groups are chosen to keep; None: vertical-slash attention by budgets."""
     int8: bool = False
 
     @classmethod
@@ -58,7 +58,7 @@ class Mode:
         """What tables and figures say."""
         parts = ["DCA" if self.dual_chunk else "plain RoPE"]
         if self.sparse:
-            parts.append("vertical-slash" if self.coverage is None else f"coverage {self.coverage}")
+            parts.append("vertical-slash" if self.coverage is None else f"block groups (coverage {self.coverage})")
         return " + ".join([*parts, *["int8 KV"] * self.int8])
 
     def apply(self, model: Qwen2Model) -> Qwen2Model:

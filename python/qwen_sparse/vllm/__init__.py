@@ -1,7 +1,8 @@
 """vLLM plugin: checkpoints with ``dual_chunk_attention_config`` (Qwen2.5-1M and its kin) run on this package's kernels.
 
 vLLM calls :func:`register` in each of its processes (entry point group ``vllm.general_plugins``). Models whose config
-has no ``dual_chunk_attention_config`` are left alone. ``QWEN_SPARSE_VLLM=0`` in the environment turns the plugin off.
+has no ``dual_chunk_attention_config`` are left alone. ``QWEN_SPARSE_VLLM=0`` in the environment turns the plugin off;
+``--additional-config '{"qwen_sparse": {"coverage": 0.95}}'`` prefills with block groups.
 ``docs/vllm.md`` says what is supported.
 """
 
@@ -12,7 +13,7 @@ import logging
 import os
 from typing import Any
 
-from .support import version_problem
+from .support import check_unused, version_problem
 
 __all__ = ["register"]
 
@@ -44,6 +45,7 @@ def register() -> None:
 
 def _give_layers_their_backend() -> None:
     """Have ``Attention`` layers that carry a Dual Chunk Attention config use this package's backend."""
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -67,6 +69,7 @@ def _give_layers_their_backend() -> None:
             original(self, *args, **kwargs)
             remember_parent(self)
         else:
+            check_unused(get_current_vllm_config())
             original(self, *args, **kwargs)
 
     init.qwen_sparse = True  # type: ignore[attr-defined]

@@ -12,13 +12,14 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl
 
 from .. import ops, rope
-from ..config import DualChunkConfig, SparseConfig
+from ..config import DualChunkConfig
 from ..kv_cache import LayerPages
-from ..models.qwen2 import DECODE_ROWS
+from ..models.qwen2 import DECODE_ROWS, Queries
+from ..plugins import attend
 from .backend import split_cache
 from .metadata import DualChunkMetadata, Prefill
 from .projection import key_bias
-from .support import INT8, check_engine, check_layer, check_rope_theta
+from .support import INT8, check_engine, check_layer, check_rope_theta, sparse_config
 from .workspace import Workspace
 
 __all__ = ["DualChunkImpl"]
@@ -71,16 +72,15 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         )
         text_config = config.model_config.hf_text_config
         self.dual_chunk = DualChunkConfig.from_dict(dual_chunk_attention_config)
-        self.sparse = SparseConfig.from_dual_chunk(
+        sparse = sparse_config(
+            config.additional_config,
             dual_chunk_attention_config,
             num_layers=text_config.num_hidden_layers,
             num_heads=text_config.num_attention_heads,
         )
-        if self.sparse is not None:
-            first_head = get_tensor_model_parallel_rank() * num_heads
-            own = slice(first_head, first_head + num_heads)
-            self.vertical_sizes = self.sparse.vertical_sizes[layer_idx][own]
-            self.slash_sizes = self.sparse.slash_sizes[layer_idx][own]
+        first_head = get_tensor_model_parallel_rank() * num_heads
+        own = slice(first_head, first_head + num_heads)
+        self.sparse = None if sparse is None else sparse.of_layer(layer_idx, own)
         theta = check_rope_theta(text_config.rope_parameters)
         self.inv_freq = rope.plain_frequencies(theta, head_size)
         self.parent: weakref.ref[nn.Module] | None = None  # set by remember_parent
@@ -154,53 +154,31 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         rows, seqlen, length = prefill.rows, prefill.seqlen, max(prefill.prompt_len, prefill.seqlen)
         original = self.dual_chunk.original_max_position_embeddings
         scale = self.scale * rope.dual_chunk_temperature(length, original) ** 2
-        budgets = self.sparse
-        sparse = budgets is not None and budgets.enabled and length > budgets.threshold and prefill.in_prompt
-        if not sparse and rows.stop - rows.start <= DECODE_ROWS:
+        sparse, num_rows, dense = self.sparse, rows.stop - rows.start, prefill.dense_rows
+        if sparse is not None and (not sparse.enabled or length <= sparse.threshold or dense == num_rows):
+            sparse = None
+        if sparse is None and num_rows <= DECODE_ROWS:
             request = slice(prefill.request, prefill.request + 1)
             self._attend_pages(query, output, rows, request, scale, pages, batch)
             return
         k, v = self._gather(prefill, pages, batch)
-        q, positions = query[rows], batch.positions[rows]
+        critical_rows = 0 if sparse is None or sparse.coverage is not None else sparse.last_q
+        q = self._queries(query[rows], batch.positions[rows], seqlen, critical_rows)
+        output[rows] = attend(q, k, v, scale, sparse, dense)
+
+    def _queries(self, q: Tensor, positions: Tensor, seqlen: int, critical_rows: int) -> Queries:
+        """All rotations that attention needs; within the first chunk it equals plain rotary embedding."""
         if seqlen <= self.dual_chunk.chunk_len:
-            output[rows] = self._prefill_one_chunk(q, k, v, positions, scale, sparse)
-        else:
-            output[rows] = self._prefill_chunks(q, k, v, positions, scale, sparse)
-
-    def _prefill_one_chunk(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, sparse: bool
-    ) -> Tensor:
-        """Plain rotary embedding, which Dual Chunk Attention equals within its first chunk."""
-        q, _ = cast(tuple[Tensor, Tensor], ops.rotary(q, q[:, :0], positions, self.inv_freq))
-        if not sparse:
-            return cast(Tensor, ops.attention(q, k, v, softmax_scale=scale))
-        vertical, slash = self._select(q, k, scale)
-        return cast(Tensor, ops.vertical_slash_attention(q, k, v, vertical, slash, softmax_scale=scale))
-
-    def _prefill_chunks(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, sparse: bool) -> Tensor:
-        rotated = self._rotate(q, positions, self.sparse.last_q if sparse and self.sparse is not None else 0)
-        indexes: dict[str, Any] = {}
-        if sparse:
-            vertical, slash = self._select(
-                rotated.q_intra,
-                k,
-                scale,
-                q_succ=rotated.q_succ_critical,
-                q_inter=rotated.q_inter_critical,
-                chunk_len=self.dual_chunk.chunk_len,
-            )
-            indexes = {"vertical_indexes": vertical, "slash_indexes": slash}
-        out = ops.dual_chunk_attention(
+            return Queries(cast(tuple[Tensor, Tensor], ops.rotary(q, q[:, :0], positions, self.inv_freq))[0])
+        rotated = self._rotate(q, positions, critical_rows)
+        return Queries(
             rotated.q_intra,
             rotated.q_succ,
             rotated.q_inter,
-            k,
-            v,
-            chunk_len=self.dual_chunk.chunk_len,
-            softmax_scale=scale,
-            **indexes,
+            self.dual_chunk.chunk_len,
+            rotated.q_succ_critical,
+            rotated.q_inter_critical,
         )
-        return cast(Tensor, out)
 
     def _rotate(self, q: Tensor, positions: Tensor, critical_rows: int) -> ops.DualChunkRotary:
         rotated = ops.rotary(
@@ -213,18 +191,6 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
             critical_rows=critical_rows,
         )
         return cast(ops.DualChunkRotary, rotated)
-
-    def _select(self, q: Tensor, k: Tensor, scale: float, **rotations: Any) -> tuple[Tensor, Tensor]:
-        assert self.sparse is not None
-        return ops.select_vertical_slash(
-            q,
-            k,
-            vertical_size=self.vertical_sizes,
-            slash_size=self.slash_sizes,
-            last_q=self.sparse.last_q,
-            softmax_scale=scale,
-            **rotations,
-        )
 
     def _gather(self, prefill: Prefill, pages: LayerPages, batch: DualChunkMetadata) -> tuple[Tensor, Tensor]:
         """Keys and values of a request, contiguous; the next call overwrites them."""

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .. import rope
 from ..config import DualChunkConfig
+from ..plugins import dense_rows
 from .lengths import prompt_lengths, watch_runners
 
 __all__ = ["DualChunkMetadata", "DualChunkMetadataBuilder", "Prefill"]
@@ -30,9 +31,9 @@ class Prefill(NamedTuple):
     """Of the whole prompt; ``seqlen`` where nobody knows."""
 
     @property
-    def in_prompt(self) -> bool:
-        """Whether some row is one of the prompt; else what was generated is computed (again)."""
-        return bool(self.seqlen - (self.rows.stop - self.rows.start) < self.prompt_len)
+    def dense_rows(self) -> int:
+        """Of the last rows, those that attend all keys also where the prompt is prefilled sparsely."""
+        return dense_rows(self.rows.stop - self.rows.start, self.seqlen, self.prompt_len)
 
 
 @dataclass

@@ -8,15 +8,18 @@ from typing import Any, NoReturn
 import torch
 
 from .. import _C
-from ..config import HEAD_DIMS
+from ..config import HEAD_DIMS, SparseConfig, SparseSwitches, check_coverage
 
 __all__ = [
+    "ADDITIONAL",
     "INT8",
     "VLLM_VERSIONS",
     "check_engine",
     "check_layer",
     "check_rope_theta",
+    "check_unused",
     "check_version",
+    "sparse_config",
     "version_problem",
 ]
 
@@ -25,6 +28,9 @@ VLLM_VERSIONS = ((0, 32),)
 
 INT8 = "int8_per_token_head"
 """vLLM's name of a KV cache in int8 with one scale per token and kv head."""
+
+ADDITIONAL = "qwen_sparse"
+"""Key of vLLM's ``additional_config`` (``--additional-config``) that options of the plugin are under."""
 
 _OFF = "or turn the plugin off with QWEN_SPARSE_VLLM=0"
 
@@ -133,6 +139,64 @@ def check_rope_theta(parameters: Mapping[str, Any] | None) -> float:
     if theta is None:
         _refuse("rope_parameters", "an object with rope_theta", parameters)
     return float(theta)
+
+
+def sparse_config(
+    additional: object, dual_chunk: Mapping[str, Any], *, num_layers: int, num_heads: int
+) -> SparseConfig | None:
+    """What sparse prefill attends: block groups by the coverage of ``additional_config``, or the model's budgets.
+
+    Args:
+        additional: vLLM's ``additional_config``; under :data:`ADDITIONAL` it may have ``{"coverage": 0.95}`` and beside
+            that a ``threshold``, which comes before the model's ``sparse_attention_threshold``.
+        dual_chunk: the model's ``dual_chunk_attention_config``.
+        num_layers: of the whole model, which budgets are given for.
+        num_heads: of the whole model.
+
+    Returns:
+        Of all layers and heads; None: dense.
+
+    Raises:
+        ValueError: unknown or missing keys or bad values, in either.
+    """
+    options = _options(additional)
+    if options is None:
+        return SparseConfig.from_dual_chunk(dual_chunk, num_layers=num_layers, num_heads=num_heads)
+    where = f"qwen_sparse: additional_config[{ADDITIONAL!r}]"
+    if not isinstance(options, Mapping):
+        raise ValueError(f'{where} must be an object such as {{"coverage": 0.95}}, got {options!r}')
+    unknown = sorted(map(str, set(options) - {"coverage", "threshold"}))
+    if unknown:
+        raise ValueError(f"{where}: unsupported keys {', '.join(unknown)}; known are coverage, threshold")
+    if options.get("coverage") is None:
+        raise ValueError(f"{where} must have a coverage, the share of attention to keep, got {dict(options)}")
+    threshold = options.get("threshold")
+    if threshold is None:
+        threshold = SparseSwitches.from_dual_chunk(dual_chunk, budgets=False).threshold
+    try:
+        check_coverage(options["coverage"])
+        return SparseConfig(coverage=options["coverage"], threshold=threshold)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_unused(config: Any) -> None:
+    """Refuse options of the plugin for a model that it leaves alone.
+
+    Raises:
+        ValueError: ``additional_config`` has some, and the model no ``dual_chunk_attention_config``.
+    """
+    asked = _options(config.additional_config)
+    text_config = getattr(config.model_config, "hf_text_config", None)
+    if asked is not None and not getattr(text_config, "dual_chunk_attention_config", None):
+        raise ValueError(
+            f"qwen_sparse: additional_config[{ADDITIONAL!r}] is for models with a dual_chunk_attention_config, and "
+            f"this one has none (--hf-overrides can give it one), got {asked!r}"
+        )
+
+
+def _options(additional: object) -> object:
+    return additional.get(ADDITIONAL) if isinstance(additional, Mapping) else None
 
 
 def _refuse(name: str, rule: str, value: object) -> NoReturn:
