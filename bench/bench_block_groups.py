@@ -8,7 +8,7 @@ A prefill chunk of ``--rows`` rows at the end of the keys. The bitmaps have ``--
 * half shared: half of each block's groups are also the other one's
 * by turns: no group is attended by both blocks
 * runs: as shared, in runs of 64 keys
-* all: every group (only up to ``--most-dense-keys`` keys)
+* all: every group (only up to ``--most-dense-keys`` keys, as is "dense", the kernel for all keys)
 
 "selection" chooses groups by the threshold ``1.5 / keys``. TFLOP/s are of attended pairs. On Hopper the kernels for
 Ampere run too. Times are printed for outputs whose last rows were first compared with the reference.
@@ -92,6 +92,9 @@ def measure(arguments: argparse.Namespace, seqlen: int, head_dim: int) -> list[d
     generator = torch.Generator(device).manual_seed(0)
     thresholds = torch.full((heads, ops.row_blocks(rows, seqlen)), 1.5 / seqlen, device=device)
     found = [measured("selection", None, lambda: ops.select_block_groups(q, k, thresholds), arguments)]
+    if seqlen <= arguments.most_dense_keys:
+        pairs = heads * (rows * (seqlen - rows) + rows * (rows + 1) / 2)
+        found.append(measured("dense", 4 * head_dim * pairs, lambda: ops.attention(q, k, v), arguments))
     for pattern in PATTERNS:
         if pattern == "all" and seqlen > arguments.most_dense_keys:
             continue
