@@ -49,7 +49,7 @@ test-lm-eval: $(VENV)/.lm-eval
 
 # The kernels and everything C++ around them with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := build/sanitize
-SANITIZE_TESTS ?= $(addprefix tests/test_,attention.py decode.py gather.py properties.py quantize.py rotary.py select.py store.py)
+SANITIZE_TESTS ?= $(addprefix tests/test_,attention.py block_groups.py decode.py gather.py properties.py quantize.py rotary.py select.py store.py)
 sanitize: $(VENV)/.dev
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site . \
 	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.build-type=RelWithDebInfo \
