@@ -29,7 +29,8 @@ from qwen_sparse.calibrate import (
 from qwen_sparse.cli import main
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.memory import estimate_calibration_memory, index_bytes
-from qwen_sparse.models.qwen2 import Queries, Qwen2Model
+from qwen_sparse.models.attention import Queries
+from qwen_sparse.models.qwen2 import Qwen2Model
 from test_memory import QWEN_7B, allocated_peak
 from test_model import random_ids
 

@@ -69,7 +69,7 @@ def test_density_counts_pairs(model: Qwen2Model) -> None:
 
     ids = random_ids(600)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen_sparse.models.qwen2._ops.dual_chunk_attention", spy)
+        patch.setattr("qwen_sparse.models.attention._ops.dual_chunk_attention", spy)
         stats = prefill(model, ids, logits="all").stats
     sparse = [args for args in chosen if args[6] is not None]
     attended = sum(int(vertical_slash_mask(args[6], args[7], 576, 576).sum()) for args in sparse)

@@ -40,7 +40,8 @@ from .checkpoint import read_json
 from .config import SparseConfig, SparseSwitches, served_columns
 from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
-from .models.qwen2 import Indexes, Queries, Qwen2Model
+from .models.attention import Indexes, Queries
+from .models.qwen2 import Qwen2Model
 from .passkey import make_prompt
 from .prefill import chunk_ends, token_tensor
 

@@ -39,8 +39,7 @@ from transformers.masking_utils import sdpa_mask
 from . import ops, rope
 from .checkpoint import parse_json
 from .config import DualChunkConfig, SparseConfig
-from .models.qwen2 import Queries
-from .plugins import attend, dense_rows
+from .models.attention import Queries, attend, dense_rows
 
 __all__ = [
     "NAME",

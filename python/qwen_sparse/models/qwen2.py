@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,17 @@ from torch import Tensor
 from .. import ops, rope
 from ..arguments import check_integer
 from ..config import ModelConfig
-from ..coverage import select_by_coverage
 from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
 from ..memory import available_memory, format_bytes, kv_cache_bytes
 from ..tokenizer import Tokenizer
+from .attention import CONTINUATION_ROWS, Queries, attend, causal_pairs, rows_of_last_block
 from .linear import gated_mlp, linear
 from .stats import ForwardStats
 
 __all__ = [
     "AttentionMode",
-    "Indexes",
     "LayerWeights",
     "Output",
-    "Queries",
     "Qwen2Model",
     "Qwen2Weights",
     "check_coverage",
@@ -51,9 +49,6 @@ __all__ = [
 
 DECODE_ROWS = 16
 """Dense steps of up to this many rows read pages through decode_attention; longer ones read the workspace."""
-
-CONTINUATION_ROWS = 512
-"""Up to this many rows behind a cache are dense: questions about what was cached, whose rows are read."""
 
 _NORM_ROWS = {"cpu": 256, "cuda": 4096}  # rows normalised at a time: float32 temporaries stay in the L2 cache
 
@@ -72,9 +67,6 @@ _SHAPES = (
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 Output = Literal["all", "last", "none", "hidden"]
-
-_ops = torch.ops.qwen_sparse
-_BLOCK_M = 64  # rows of a block of sparse attention
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,107 +104,6 @@ class Qwen2Weights:
         tensors = [self.embedding, self.norm, self.lm_head]
         tensors += [tensor for layer in self.layers for tensor in vars(layer).values() if tensor is not None]
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-
-
-class Indexes(NamedTuple):
-    """What sparse attention attends: columns and distances, or block groups."""
-
-    vertical: Tensor | None = None
-    """int32 ``[num_heads, V]``; see :func:`qwen_sparse.ops.vertical_slash_attention`."""
-    slash: Tensor | None = None
-    """int32 ``[num_heads, S]``."""
-    groups: Tensor | None = None
-    """int32 ``[num_heads, num_blocks, words]``; see :func:`qwen_sparse.ops.block_group_attention`."""
-    kept: Tensor | None = None
-    """float32 ``[num_heads, num_blocks]``: share of attention that the groups are estimated to hold."""
-
-    def last(self, rows: int, num_keys: int) -> Indexes:
-        """Of the last rows alone."""
-        if self.groups is None:
-            return self
-        return self._replace(groups=self.groups[:, -ops.row_blocks(rows, num_keys) :].contiguous())
-
-    def before(self, position: int) -> Indexes:
-        """Of the rows before a position: without the columns from there on and the distances that no row has."""
-        vertical, slash = (None if x is None else torch.where(x < position, x, -1) for x in (self.vertical, self.slash))
-        return self._replace(vertical=vertical, slash=slash)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Queries:
-    """Rotated queries of one layer ``[n, num_heads, head_dim]``; only ``q`` while plain RoPE does."""
-
-    q: Tensor
-    """Plain, or the intra-chunk rotation."""
-    q_succ: Tensor | None = None
-    q_inter: Tensor | None = None
-    chunk_len: int | None = None
-    q_succ_critical: Tensor | None = None
-    q_inter_critical: Tensor | None = None
-
-    def last(self, rows: int) -> Queries:
-        """The last rows, for attention (no critical rotations)."""
-        q_succ, q_inter = (None if q is None else q[-rows:] for q in (self.q_succ, self.q_inter))
-        return Queries(self.q[-rows:], q_succ, q_inter, self.chunk_len)
-
-    def before(self, rows: int) -> Queries:
-        """Without the last rows, for attention."""
-        q_succ, q_inter = (None if q is None else q[: q.shape[0] - rows] for q in (self.q_succ, self.q_inter))
-        return Queries(self.q[: self.q.shape[0] - rows], q_succ, q_inter, self.chunk_len)
-
-    def select(
-        self, k: Tensor, scale: float, *, vertical_size: Sequence[int], slash_size: Sequence[int], last_q: int
-    ) -> Indexes:
-        """Columns and distances by the last rows' votes; see :func:`qwen_sparse.ops.select_vertical_slash`."""
-        vertical, slash = ops.select_vertical_slash(
-            self.q,
-            k,
-            vertical_size=vertical_size,
-            slash_size=slash_size,
-            last_q=last_q,
-            softmax_scale=scale,
-            q_succ=self.q_succ_critical,
-            q_inter=self.q_inter_critical,
-            chunk_len=self.chunk_len,
-        )
-        return Indexes(vertical, slash)
-
-    def select_by_coverage(self, k: Tensor, scale: float, coverage: float) -> Indexes:
-        """Block groups that keep a share of attention; see :func:`qwen_sparse.coverage.select_by_coverage`."""
-        groups, kept = select_by_coverage(
-            self.q,
-            k,
-            coverage=coverage,
-            softmax_scale=scale,
-            q_succ=self.q_succ,
-            q_inter=self.q_inter,
-            chunk_len=self.chunk_len,
-        )
-        return Indexes(groups=groups, kept=kept)
-
-    def attend_dense(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output like ``q`` and log-sum-exp, float32 ``[n, num_heads]``, over all keys."""
-        if self.chunk_len is None:
-            out, lse = _ops.attention(self.q, k, v, scale, True, None)
-        else:
-            out, lse, _ = _ops.dual_chunk_attention(
-                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, None, None, None, scale
-            )
-        return out, lse
-
-    def attend_sparse(self, k: Tensor, v: Tensor, scale: float, indexes: Indexes) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, log-sum-exp and the number of pairs that each head attended, int64 ``[num_heads]``."""
-        vertical, slash, groups, _ = indexes
-        # The torch ops, not their wrappers: they also count what was attended.
-        if self.chunk_len is not None:
-            out, lse, attended = _ops.dual_chunk_attention(
-                self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, vertical, slash, groups, scale
-            )
-        elif groups is not None:
-            out, lse, attended = _ops.block_group_attention(self.q, k, v, groups, scale)
-        else:
-            out, lse, attended = _ops.vertical_slash_attention(self.q, k, v, vertical, slash, scale)
-        return out, lse, attended
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -561,7 +452,7 @@ class Qwen2Model:
             cache=cache,
             num_keys=end,
             sparse=sparse,
-            dense_rows=max(0, end - (length - 1) // _BLOCK_M * _BLOCK_M),
+            dense_rows=rows_of_last_block(num_rows, end, length),
         )
 
     def _run(self, input_ids: Tensor, output_rows: int, step: _Step) -> Tensor:
@@ -628,11 +519,14 @@ class Qwen2Model:
         stats, cache, num_keys = step.stats, step.cache, step.num_keys
         if cache is None:
             return self._attend_pages(layer, q, step)
-        pairs = _causal_pairs(rows, num_keys) * self.config.num_heads
+        pairs = causal_pairs(rows, num_keys) * self.config.num_heads
         if step.sparse and rows > step.dense_rows:
+            sparse = self.config.sparse
+            if sparse is None:
+                raise ValueError("forward: sparse needs budgets or a coverage, and this model has neither")
             k, v = cache.workspace(layer, num_keys)
             stats.lap("cache")
-            out = self._attend_sparse(layer, q, rows, k, v, step)
+            out = attend(q, k, v, step.scale, sparse.of_layer(layer), step.dense_rows, rows=rows, stats=stats)
         elif rows <= DECODE_ROWS and step.lse is None:
             out = self._attend_pages(layer, q.last(rows), step)
             stats.count(pairs, pairs)
@@ -645,31 +539,6 @@ class Qwen2Model:
             stats.count(pairs, pairs)
         stats.lap("attention")
         return out
-
-    def _attend_sparse(self, layer: int, q: Queries, rows: int, k: Tensor, v: Tensor, step: _Step) -> Tensor:
-        """Attention over freshly chosen keys, but dense for the last rows of the step that are to be."""
-        sparse, stats, tail = self.config.sparse, step.stats, step.dense_rows
-        if sparse is None:
-            raise ValueError("forward: sparse needs budgets or a coverage, and this model has neither")
-        before, position = q.before(tail), k.shape[0] - tail
-        if sparse.coverage is None:
-            sizes = {"vertical_size": sparse.vertical_sizes[layer], "slash_size": sparse.slash_sizes[layer]}
-            indexes = q.select(k, step.scale, **sizes, last_q=sparse.last_q).before(position)
-        else:
-            indexes = before.select_by_coverage(k[:position], step.scale, sparse.coverage)
-            assert indexes.kept is not None
-            stats.estimate(indexes.kept)
-        stats.lap("selection")
-        out, _, attended = before.last(rows - tail).attend_sparse(
-            k[:position], v[:position], step.scale, indexes.last(rows - tail, position)
-        )
-        stats.count(attended, _causal_pairs(rows - tail, position) * self.config.num_heads)
-        if tail == 0:
-            return out
-        dense, _ = q.last(tail).attend_dense(k, v, step.scale)
-        pairs = _causal_pairs(tail, k.shape[0]) * self.config.num_heads
-        stats.count(pairs, pairs)
-        return torch.cat((out, dense))
 
     def _attend_pages(self, layer: int, q: Queries, step: _Step) -> Tensor:
         """Dense attention of a few rows per sequence, read from the pages."""
@@ -695,11 +564,6 @@ class Qwen2Model:
             **step.pool.bias_arguments(layer),
         )
         return cast(Tensor, out).flatten(0, 1)
-
-
-def _causal_pairs(rows: int, num_keys: int) -> int:
-    """Of the last rows."""
-    return rows * (2 * num_keys - rows + 1) // 2
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

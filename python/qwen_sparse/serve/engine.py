@@ -302,8 +302,8 @@ class Engine:
         # The output so far in chunks of its own: the prompt's are then those they were the first time.
         sequence.chunk_ends = chunk_ends(cached, prompt, self.chunk_tokens)
         sequence.chunk_ends += chunk_ends(max(cached, prompt), total, self.chunk_tokens)
-        sequence.sparse = self.model.prefills_sparse(prompt, cached)
-        if sequence.scheduled is None:
+        if sequence.scheduled is None:  # what it was taken up as holds after a preemption too
+            sequence.sparse = self.model.prefills_sparse(prompt, cached)
             sequence.scheduled, sequence.cached_tokens = time.monotonic(), cached
             self._prefix_queries += prompt
             self._prefix_hits += sequence.cached_tokens

@@ -14,8 +14,8 @@ from vllm.v1.attention.backend import AttentionImpl
 from .. import ops, rope
 from ..config import DualChunkConfig
 from ..kv_cache import LayerPages
-from ..models.qwen2 import DECODE_ROWS, Queries
-from ..plugins import attend
+from ..models.attention import Queries, attend
+from ..models.qwen2 import DECODE_ROWS
 from .backend import split_cache
 from .metadata import DualChunkMetadata, Prefill
 from .projection import key_bias

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .. import rope
 from ..config import DualChunkConfig
-from ..plugins import dense_rows
+from ..models.attention import dense_rows
 from .lengths import prompt_lengths, watch_runners
 
 __all__ = ["DualChunkMetadata", "DualChunkMetadataBuilder", "Prefill"]

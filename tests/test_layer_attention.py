@@ -1,4 +1,4 @@
-"""What the plugins share: which rows are dense, and attention of a prompt in two parts, against the reference."""
+"""Attention of a layer: which rows are dense, and a prompt in two parts, against the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from qwen_sparse import reference
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.coverage import thresholds
-from qwen_sparse.models.qwen2 import Queries
-from qwen_sparse.plugins import attend, dense_rows
+from qwen_sparse.models.attention import Queries, attend, dense_rows
 
 
 @pytest.mark.parametrize(
