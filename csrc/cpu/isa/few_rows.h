@@ -1,4 +1,4 @@
-// What selection and decode share: a few query rows against all keys, the keys split into fixed ranges.
+// What selections and decode share: a few query rows against all keys, the keys split into fixed ranges.
 //
 // Rows may stand in different dual-chunk chunks; a tile of keys lies in one. The splits do not depend on the number of
 // threads, so results do not either.
@@ -8,6 +8,14 @@
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
+
+constexpr float kLowest = -3.4e38f;  // finite, so that -inf minus a maximum is never NaN
+
+QWEN_SPARSE_INLINE VecI lane_numbers() {
+  VecI lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
 
 // Which rotation a row in `row_chunk` uses for keys in `key_chunk`: 0 intra, 1 succ, 2 inter. Keys of later chunks are
 // masked, whatever their score.

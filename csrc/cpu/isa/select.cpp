@@ -22,13 +22,6 @@ constexpr int kRowVecs = kMaxLastQ / kLanes;
 constexpr int64_t kTileKeys = 192;
 // Keys whose scores are used before the next are formed: 3 KiB with AVX-512, in L1 beside one head's 32 KiB of queries.
 constexpr int64_t kBlockKeys = 2 * kGemmRows;
-constexpr float kLowest = -3.4e38f;  // finite, so that -inf minus a maximum is never NaN
-
-QWEN_SPARSE_INLINE VecI lane_numbers() {
-  VecI lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
-}
 
 // {a[1], ..., a[kLanes - 1], b[0]}
 QWEN_SPARSE_INLINE VecF shift_down(VecF a, VecF b) {

@@ -18,15 +18,8 @@ constexpr int64_t kTaskBlocks = kBlockM / kQuarters;  // blocks of a task: its p
 constexpr int kRowVecs = kBlockM / kLanes;            // of all lanes
 constexpr int kBlockVecs = kTaskBlocks / kLanes;      // of one quarter of every block
 constexpr int64_t kTileGroups = 192;                  // staged at once: 96 KiB at head_dim 128, as in select.cpp
-constexpr float kLowest = -3.4e38f;                   // finite, so that -inf minus a maximum is never NaN
 
 static_assert(kTaskBlocks == 16 && kQuarters == 4, "lane 16 s + i is quarter s of block i");
-
-QWEN_SPARSE_INLINE VecI lane_numbers() {
-  VecI lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
-}
 
 // The mean of `count` rows.
 template <int kHeadDim, typename T, typename RowOf>
