@@ -45,7 +45,7 @@ from indexes import (
 from qwen_sparse import load_model, ops, prefill, reference
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.memory import default_chunk_tokens
-from qwen_sparse.models import qwen2
+from qwen_sparse.models import attention as layer_attention
 from qwen_sparse.models.qwen2 import Qwen2Model
 from qwen_sparse.prefill import PrefillResult, PrefillStats, chunk_ends
 from qwen_sparse.testing import Timing, assert_close_to_reference, interleaved
@@ -161,8 +161,8 @@ def check(arguments: argparse.Namespace, path: Path, model: Qwen2Model) -> None:
     runs = []
     for source, dtype in ((model, None), (exact_model, torch.float32), (plain_model, model.dtype)):
         sets = drawn_sets(source, seqlen, chunk_tokens, max(arguments.density, 0.3), arguments.seed)
-        attention = qwen2._ops.vertical_slash_attention if dtype is None else plain_attention(dtype)
-        with mock.patch.object(qwen2._ops, "vertical_slash_attention", attention):
+        attention = layer_attention._ops.vertical_slash_attention if dtype is None else plain_attention(dtype)
+        with mock.patch.object(layer_attention._ops, "vertical_slash_attention", attention):
             runs.append(sparse_prefill(with_sizes(source, sets), tokens, chunk_tokens, sets).logits.cpu())
     report_check("vertical-slash, against the reference", seqlen, *runs)
 
