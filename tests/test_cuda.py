@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, GPU_KERNELS, MovedOps, WriteCheckpoint
 from qwen_sparse import _C, generate, load_model, ops, prefill, reference
-from qwen_sparse.models import qwen2
+from qwen_sparse.models import attention as layer_attention
 from qwen_sparse.testing import assert_close_to_reference, random_qkv, reference_error
 from test_simulated import CALLS
 
@@ -26,7 +26,7 @@ def use_model_kernels(monkeypatch: pytest.MonkeyPatch, kernels: str) -> str:
         monkeypatch.setattr(ops, "_ops", torch.ops.qwen_sparse)  # the model's tensors are on the device themselves
         return "cuda"
     assert isinstance(ops._ops, MovedOps)
-    monkeypatch.setattr(qwen2, "_ops", ops._ops)
+    monkeypatch.setattr(layer_attention, "_ops", ops._ops)
     return "cpu"
 
 
