@@ -6,9 +6,13 @@
 
 Methods are ``dense``, ``groups:C`` (block groups of coverage C) and ``vertical-slash:V:S`` (V columns and S distances
 for every head, voted by the last 64 rows of a prefill chunk). All rows of every layer are prefilled by the method, but
-those of the prompt's last block, which is dense. Beyond --trained tokens all methods use Dual Chunk Attention.
+those of the prompt's last block, which is dense.
 
-Parts: ``tail``, what the model predicts of the last tokens of a prompt (perplexity, KL and top token against dense);
+Prompts beyond --trained tokens are read with each of --ropes: ``dca:CHUNK:LOCAL`` (Dual Chunk Attention), ``yarn``
+(with the factor that reaches their length) or ``plain``.
+
+Parts: ``tail``, what the model predicts of the last tokens of a prompt: perplexity and, where ``dense`` is among the
+methods, KL and top token against it;
 ``recall``, what a method keeps of the attention of all rows and layers, with the hidden states of dense attention;
 ``probes``, facts in one text that is prefilled once, asked for one by one.
 
@@ -18,6 +22,7 @@ Rows that the output already holds are not measured again (--resume), so a run t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -47,7 +52,8 @@ METHODS = [
     *(f"groups:{c}" for c in (0.8, 0.87, 0.92, 0.95)),
     *(f"vertical-slash:{b}" for b in ("500:700", "1000:1500", "2000:3000")),
 ]
-KEY = ("part", "text", "length", "method")
+KEY = ("part", "text", "length", "rope", "method")
+PLAIN = "plain"
 
 
 def main() -> None:
@@ -59,8 +65,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--tail", type=int, default=2048, help="tokens that perplexity and KL are of")
     parser.add_argument("--probes", type=int, default=20, help="facts in a text")
-    parser.add_argument("--trained", type=int, default=32768, help="longest plain prompt, and DCA's original length")
-    parser.add_argument("--dual-chunk", type=int, nargs=2, default=[24576, 4096], metavar=("CHUNK", "LOCAL"))
+    parser.add_argument("--trained", type=int, default=32768, help="longest prompt of the model's own rotations")
+    parser.add_argument("--ropes", nargs="+", default=["dca:24576:4096"], metavar="ROPE", help="of longer prompts")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "int8"])
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds")
     add_device_argument(parser)
@@ -91,36 +97,46 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def measured(model: Qwen2Model, arguments: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Rows that are not done, from the shortest length on."""
-    for length in sorted(arguments.lengths):
-        for text in arguments.texts:
-            keys = {
-                (part, method): (part, text, length, method) for part in arguments.parts for method in arguments.methods
-            }
-            parts = {part: [m for p, m in keys if p == part and keys[p, m] not in done] for part in arguments.parts}
-            if not any(parts.values()):
-                continue
-            tokens = model.tokenizer.encode(TEXTS[text]())[:length]
-            if len(tokens) < length:
-                print(f"{text} has only {len(tokens)} tokens: {length} not measured", flush=True)
-                continue
-            for part in arguments.parts:
+    for length, text in itertools.product(sorted(arguments.lengths), arguments.texts):
+        tokens = model.tokenizer.encode(TEXTS[text]())[:length]
+        if len(tokens) < length:
+            print(f"{text} has only {len(tokens)} tokens: {length} not measured", flush=True)
+            continue
+        for rope, part in itertools.product(
+            [PLAIN] if length <= arguments.trained else arguments.ropes, arguments.parts
+        ):
+            missing = [m for m in arguments.methods if (part, text, length, rope, m) not in done]
+            if missing:
                 of_part = {"tail": tails, "recall": recalls, "probes": probes}[part]
-                for row in of_part(model, text, tokens, parts[part], arguments):
-                    yield {"part": part, "text": text, "length": length, **row}
+                for row in of_part(with_rope(model, rope, length, arguments), text, tokens, missing, arguments):
+                    yield {"part": part, "text": text, "length": length, "rope": rope, **row}
 
 
-def by_method(model: Qwen2Model, method: str, length: int, arguments: argparse.Namespace) -> Qwen2Model:
-    """The model that prefills by a method, with Dual Chunk Attention where the length asks for it."""
-    name, *values = method.split(":")
+def with_rope(model: Qwen2Model, rope: str, length: int, arguments: argparse.Namespace) -> Qwen2Model:
+    name, *sizes = rope.split(":")
     config = replace(model.config, sparse=None)
-    if length > arguments.trained:
-        config = replace(config, dual_chunk=DualChunkConfig(*arguments.dual_chunk, arguments.trained))
+    if name == "dca":
+        config = replace(config, dual_chunk=DualChunkConfig(*map(int, sizes), arguments.trained))
+    elif name == "yarn":
+        factor = length / arguments.trained
+        config = replace(
+            config, rope=replace(config.rope, factor=factor, original_max_position_embeddings=arguments.trained)
+        )
+    elif name != PLAIN:
+        raise ValueError(f"--ropes must be dca:CHUNK:LOCAL, yarn or plain, got {rope!r}")
+    return model.with_options(config=config)
+
+
+def by_method(model: Qwen2Model, method: str) -> Qwen2Model:
+    """The model that prefills by a method."""
+    name, *values = method.split(":")
     if name == "dense":
-        return model.with_options(config=config, attention="dense")
+        return model.with_options(attention="dense")
     if name == "groups":
-        return model.with_options(config=config, attention="sparse", coverage=float(values[0]))
+        return model.with_options(attention="sparse", coverage=float(values[0]))
     if name != "vertical-slash":
         raise ValueError(f"--methods must be dense, groups:C or vertical-slash:V:S, got {method!r}")
+    config = model.config
     sizes = [((int(value),) * config.num_heads,) * config.num_layers for value in values]
     return model.with_options(config=replace(config, sparse=SparseConfig(*sizes)), attention="sparse")
 
@@ -142,28 +158,28 @@ def predict(model: Qwen2Model, tokens: list[int], tail: int) -> tuple[Prediction
 def tails(
     model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Perplexity and KL; dense is always run, since the others are compared with it."""
-    if not methods:
-        return
     reference = None
-    for method in ["dense", *(m for m in methods if m != "dense")]:
+    compared = ["dense"] * ("dense" in arguments.methods)
+    for method in [*compared, *(m for m in methods if m != "dense")]:
         began = time.perf_counter()
-        found, stats = predict(by_method(model, method, len(tokens), arguments), tokens, arguments.tail)
+        found, stats = predict(by_method(model, method), tokens, arguments.tail)
         seconds = time.perf_counter() - began
-        reference = found if reference is None else reference
-        far = divergence(reference, found) if found is not reference else None
+        if method == "dense":
+            reference = found
         if method not in methods:
             continue
-        yield {
+        row = {
             "method": method,
             "density": found.density,
             "kept_estimate": stats.kept,
             "perplexity": float(torch.tensor(found.loss()).exp()),
-            "kl": 0.0 if far is None else far.kl,
-            "same_top": 1.0 if far is None else far.same_top,
             "seconds": seconds,
             "phases": stats.seconds,
         }
+        if reference is not None:
+            far = divergence(reference, found)
+            row |= {"kl": far.kl, "same_top": far.same_top}
+        yield row
 
 
 def recalls(
@@ -172,7 +188,7 @@ def recalls(
     for method in methods:
         if method == "dense":
             continue
-        runner = by_method(model, method, len(tokens), arguments)
+        runner = by_method(model, method)
         assert runner.config.sparse is not None
         found = measure_budgets(runner, tokens, runner.config.sparse)
         by_layer = [[head.recall for head in layer] for layer in found.layers]
@@ -192,8 +208,8 @@ def probes(
         hay = Path(directory) / f"{text}.txt"
         hay.write_text(TEXTS[text](), encoding="utf-8")
         for method in methods:
-            runner = by_method(model, method, len(tokens), arguments)
-            mode = "dca" if len(tokens) > arguments.trained else "rope"
+            runner = by_method(model, method)
+            mode = "dca" if model.config.dual_chunk is not None else "rope"
             name, _, value = method.partition(":")
             mode += {"dense": "", "groups": f"+coverage{value}", "vertical-slash": "+sparse"}[name]
             found = list(evaluate_probes(runner, arguments.probes, [mode], [len(tokens)], hay=str(hay), chat=True))
