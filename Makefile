@@ -12,6 +12,9 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o 
 # Spinning OpenMP threads slow each other down several times over when the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
+# The kernels for AMX on emulated tiles too: CPUs without AMX are to test them.
+TEST_KERNELS := --config-settings=cmake.define.QWEN_SPARSE_EMULATED_AMX=ON
+
 .PHONY: demo test test-vllm test-lm-eval sanitize lint resources format bench released released-cut clean
 .DELETE_ON_ERROR:
 
@@ -49,11 +52,11 @@ test-lm-eval: $(VENV)/.lm-eval
 
 # The kernels and everything C++ around them with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := build/sanitize
-SANITIZE_TESTS ?= $(addprefix tests/test_,attention.py block_groups.py decode.py gather.py properties.py quantize.py rotary.py select.py store.py)
+SANITIZE_TESTS ?= $(addprefix tests/test_,amx.py attention.py block_groups.py decode.py gather.py properties.py quantize.py rotary.py select.py store.py)
 sanitize: $(VENV)/.dev
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site . \
 	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.build-type=RelWithDebInfo \
-	  --config-settings=cmake.define.QWEN_SPARSE_CUDA=0 --config-settings=cmake.define.QWEN_SPARSE_KERNEL_OPTIMIZATION=-O1 \
+	  $(TEST_KERNELS) --config-settings=cmake.define.QWEN_SPARSE_CUDA=0 --config-settings=cmake.define.QWEN_SPARSE_KERNEL_OPTIMIZATION=-O1 \
 	  --config-settings=cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/sanitize:$(SANITIZE)/site $(RUN) -m pytest -s -m "not ptxsim" $(SANITIZE_TESTS)  # -s: reports are not captured
@@ -64,7 +67,7 @@ lint: $(VENV)/.dev  # after a build: one check reads its objects
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	@echo "== kernels share no code between instruction sets (CONTRIBUTING.md)"
-	@! nm -C --defined-only build/*/CMakeFiles/qwen_sparse_cpu_*.dir/csrc/cpu/isa/*.o | grep -E ' [WVu] '
+	@! nm -C --defined-only build/*/CMakeFiles/qwen_sparse_cpu_*.dir/csrc/cpu/*/*.o | grep -E ' [WVu] '
 
 resources: $(VENV)/.dev  # of the CUDA kernels: registers, shared memory, spills; needs nvcc
 	PYTHONPATH=tests $(RUN) -m simulated.resources
@@ -117,12 +120,12 @@ $(VENV)/.build-requirements: $(VENV)/.torch
 
 $(VENV)/.built: $(VENV)/.build-requirements pyproject.toml $(SOURCES)
 	@echo "== building qwen_sparse (the first time: two minutes, five where nvcc is found)"
-	$(PIP) --no-build-isolation -e ".[plot]" --config-settings=logging.level=INFO
+	$(PIP) --no-build-isolation -e ".[plot]" --config-settings=logging.level=INFO $(TEST_KERNELS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.built
 	@echo "== development tools"
-	$(PIP) --no-build-isolation -e ".[dev,plot,serve]"
+	$(PIP) --no-build-isolation -e ".[dev,plot,serve]" $(TEST_KERNELS)
 	@touch $@
 
 $(VENV)/.gguf: $(VENV)/.built
@@ -132,5 +135,5 @@ $(VENV)/.gguf: $(VENV)/.built
 
 $(VENV)/.lm-eval: $(VENV)/.dev
 	@echo "== lm-evaluation-harness"
-	$(PIP) --no-build-isolation -e ".[lm-eval]"
+	$(PIP) --no-build-isolation -e ".[lm-eval]" $(TEST_KERNELS)
 	@touch $@

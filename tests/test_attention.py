@@ -285,7 +285,7 @@ def test_values_do_not_leak_through_masked_keys(prefill_kernels: str) -> None:
     columns = torch.arange(50, dtype=torch.int32)[None]
     no_slash = torch.full((1, 1), -1, dtype=torch.int32)
     out = ops.vertical_slash_attention(q, k, v, columns, no_slash)
-    torch.testing.assert_close(out[:50], expected)
+    torch.testing.assert_close(out[:50], expected, rtol=2e-2, atol=1e-2)
     assert torch.isfinite(out).all()
 
 

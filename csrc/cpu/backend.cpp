@@ -39,7 +39,7 @@ void attention(const AttentionParams& p, Launch) {
 const Backend& backend() {
   static const Backend table{
       /*float32_attention=*/true,
-      no_workspace<AttentionParams>,
+      [](const AttentionParams& p) { return kernels().attention_workspace(p); },
       select_workspace,
       select_groups_workspace,
       no_workspace<TopIndexesParams>,

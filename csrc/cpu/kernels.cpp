@@ -1,23 +1,52 @@
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef QWEN_SPARSE_X86
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qwen_sparse::cpu {
 
-#define QWEN_SPARSE_DECLARE_ISA(isa)                                                          \
-  namespace isa {                                                                             \
-  void attention(const AttentionParams&, const HeadIndexView*);                               \
-  void select_scores(const SelectParams&);                                                    \
-  void select_groups(const SelectGroupsParams&);                                              \
-  void rotary(const RotaryParams&);                                                           \
-  void store_kv(const StoreParams&);                                                          \
-  void dequantize_kv(const DequantizeParams&);                                                \
-  void gather_kv(const GatherParams&);                                                        \
-  void decode_attention(const DecodeParams&);                                                 \
-  constexpr Kernels kKernels{#isa,     attention,     select_scores, select_groups,   rotary, \
-                             store_kv, dequantize_kv, gather_kv,     decode_attention};       \
+constexpr int64_t no_workspace(const AttentionParams&) { return 0; }
+
+constexpr Kernels with_tiles(Kernels kernels, const char* isa, int64_t (*workspace)(const AttentionParams&),
+                             void (*attention)(const AttentionParams&, const HeadIndexView*)) {
+  kernels.isa = isa;
+  kernels.attention_workspace = workspace;
+  kernels.attention = attention;
+  return kernels;
+}
+
+#define QWEN_SPARSE_DECLARE_ISA(isa)                                                                \
+  namespace isa {                                                                                   \
+  void attention(const AttentionParams&, const HeadIndexView*);                                     \
+  void select_scores(const SelectParams&);                                                          \
+  void select_groups(const SelectGroupsParams&);                                                    \
+  void rotary(const RotaryParams&);                                                                 \
+  void store_kv(const StoreParams&);                                                                \
+  void dequantize_kv(const DequantizeParams&);                                                      \
+  void gather_kv(const GatherParams&);                                                              \
+  void decode_attention(const DecodeParams&);                                                       \
+  constexpr Kernels kKernels{#isa,   no_workspace, attention,     select_scores, select_groups,     \
+                             rotary, store_kv,     dequantize_kv, gather_kv,     decode_attention}; \
+  }
+
+// Attention on tiles, where inputs allow that; all else as `base` does it.
+#define QWEN_SPARSE_DECLARE_TILES(set, base)                                                \
+  namespace set {                                                                           \
+  int64_t tile_workspace(const AttentionParams&);                                           \
+  bool attend_on_tiles(const AttentionParams&, const HeadIndexView*);                       \
+  void attention(const AttentionParams& p, const HeadIndexView* heads) {                    \
+    if (attend_on_tiles(p, heads)) return;                                                  \
+    if (p.attended != nullptr) std::fill_n(p.attended, p.shape.num_heads, 0);               \
+    base::attention(p, heads);                                                              \
+  }                                                                                         \
+  constexpr Kernels kKernels = with_tiles(base::kKernels, #set, tile_workspace, attention); \
   }
 
 QWEN_SPARSE_DECLARE_ISA(baseline)
@@ -25,6 +54,10 @@ QWEN_SPARSE_DECLARE_ISA(baseline)
 QWEN_SPARSE_DECLARE_ISA(avx2)
 QWEN_SPARSE_DECLARE_ISA(avx512)
 QWEN_SPARSE_DECLARE_ISA(avx512_bf16)
+QWEN_SPARSE_DECLARE_TILES(amx, avx512)
+#ifdef QWEN_SPARSE_EMULATED_AMX
+QWEN_SPARSE_DECLARE_TILES(amx_emulated, avx2)
+#endif
 #endif
 
 namespace {
@@ -34,6 +67,19 @@ struct Candidate {
   bool supported;
   bool preferred = true;  // over those before it, unless named
 };
+
+#ifdef QWEN_SPARSE_X86
+// Linux gives a process the state of tiles only when asked; threads inherit it. False where it refuses, which it does
+// to old kernels, and to processes with signal stacks too small for the state.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {
@@ -49,6 +95,12 @@ const std::vector<Candidate>& candidates() {
     // (bench/results/attention_cpu.json).
     result.push_back(
         {&avx512_bf16::kKernels, has_avx512 && __builtin_cpu_supports("avx512bf16"), !__builtin_cpu_is("intel")});
+#ifdef QWEN_SPARSE_EMULATED_AMX
+    result.push_back({&amx_emulated::kKernels, has_avx2, false});
+#endif
+    const bool has_amx = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+    result.push_back({&amx::kKernels, has_amx && may_use_tiles()});
 #endif
     return result;
   }();

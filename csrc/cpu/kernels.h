@@ -11,6 +11,7 @@ namespace qwen_sparse::cpu {
 
 struct Kernels {
   const char* isa;
+  int64_t (*attention_workspace)(const AttentionParams&);
   void (*attention)(const AttentionParams&, const HeadIndexView* heads);  // heads: null unless vertical-slash
   void (*select_scores)(const SelectParams&);
   void (*select_groups)(const SelectGroupsParams&);

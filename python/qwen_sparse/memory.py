@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import _C
 from .arguments import check_integer
 from .config import PAGE_SIZE, ModelConfig, parse_dtype
 from .kv_cache import resolve_kv_cache_dtype
@@ -120,7 +121,9 @@ def estimate_memory(
       CPU scores, 16 n per thread; on a GPU the pooled rows in every rotation, H (T / 16) D b, and partial sums.
     - **workspace**: int8: dequantised keys and values of one layer, 2 n Hkv D b; CPUs that multiply 16-bit
       matrices in float32: the MLP's activations of up to 2048 rows, 4 (E + I) each, and pieces of weights and
-      results, at most 48 MB; I is then not in the activations. Otherwise 0.
+      results, at most 48 MB; I is then not in the activations; on CPUs with AMX, in bfloat16, the keys and values
+      of one layer once more, packed in tiles, 2 n Hkv D b with n rounded up to 256, and those of columns, 2 H V D b.
+      Otherwise 0.
 
     Args:
         config: the model.
@@ -151,13 +154,14 @@ def estimate_memory(
         workspace += 2 * seqlen * kv_heads * head_dim * item
     if wide:
         workspace += widened_bytes(rows, config.hidden_size, config.intermediate_size)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    if dtype == torch.bfloat16 and not on_gpu and _C.cpu_features()["isa"].startswith("amx"):
+        workspace += tile_bytes(config, seqlen)
     return MemoryEstimate(
         weights=weight_elements(config) * item,
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
         activations=rows * row + 4 * config.vocab_size,
-        indexes=_most_index_bytes(
-            config, rows, seqlen, item, on_gpu=device is not None and torch.device(device).type == "cuda"
-        ),
+        indexes=_most_index_bytes(config, rows, seqlen, item, on_gpu=on_gpu),
         workspace=workspace,
     )
 
@@ -194,6 +198,18 @@ def estimate_calibration_memory(
         activations=prefill.activations - 4 * config.vocab_size + whole,
         indexes=index_bytes(config.num_heads, config.head_dim, rows, seqlen, seqlen, seqlen, item, on_gpu=on_gpu),
     )
+
+
+def tile_bytes(config: ModelConfig, seqlen: int) -> int:
+    """Memory in which attention on AMX tiles packs one layer's keys and values: ``tile_workspace`` in csrc/cpu/amx."""
+
+    def packed(keys: int) -> int:
+        return 2 * -(-keys // 256) * 256 * config.head_dim * 2 + 4096
+
+    columns = 0
+    if config.sparse is not None and config.sparse.coverage is None:
+        columns = min(seqlen, max(map(max, config.sparse.vertical_sizes)))
+    return config.num_kv_heads * packed(seqlen) + (config.num_heads * packed(columns) if columns else 0)
 
 
 def _most_index_bytes(config: ModelConfig, rows: int, seqlen: int, item: int, *, on_gpu: bool) -> int:
