@@ -17,7 +17,7 @@ set(QWEN_SPARSE_CPU_LIBRARIES)
 set(QWEN_SPARSE_CPU_ISAS)
 set(QWEN_SPARSE_CPU_DEFINITIONS)
 
-set(amx_kernel_sources csrc/cpu/amx/attention.cpp)
+set(amx_kernel_sources csrc/cpu/amx/attention.cpp csrc/cpu/isa/select_groups.cpp)
 
 function(add_cpu_isa isa)
   add_kernels(${isa} "${cpu_kernel_sources}" -ffp-contract=fast ${ARGN})
@@ -27,7 +27,7 @@ endfunction()
 
 # Kernels on AMX tiles, for what another set does without them. Without contractions they have the same bits emulated.
 function(add_amx_isa isa)
-  add_kernels(${isa} "${amx_kernel_sources}" -ffp-contract=off ${ARGN})
+  add_kernels(${isa} "${amx_kernel_sources}" -ffp-contract=off -DQWEN_SPARSE_TILES ${ARGN})
   set(QWEN_SPARSE_CPU_LIBRARIES ${QWEN_SPARSE_CPU_LIBRARIES} PARENT_SCOPE)
   set(QWEN_SPARSE_CPU_ISAS ${QWEN_SPARSE_CPU_ISAS} PARENT_SCOPE)
 endfunction()
@@ -38,7 +38,7 @@ function(add_kernels isa sources)
   target_compile_definitions(qwen_sparse_cpu_${isa} PRIVATE QWEN_SPARSE_ISA=${isa} ${QWEN_SPARSE_CPU_DEFINITIONS})
   target_compile_options(qwen_sparse_cpu_${isa} PRIVATE
     -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized
-    ${QWEN_SPARSE_KERNEL_OPTIMIZATION} -fno-math-errno -fno-trapping-math ${ARGN})
+    ${QWEN_SPARSE_KERNEL_OPTIMIZATION} -fno-exceptions -fno-math-errno -fno-trapping-math ${ARGN})
   set(QWEN_SPARSE_CPU_LIBRARIES ${QWEN_SPARSE_CPU_LIBRARIES} qwen_sparse_cpu_${isa} PARENT_SCOPE)
   set(QWEN_SPARSE_CPU_ISAS ${QWEN_SPARSE_CPU_ISAS} ${isa} PARENT_SCOPE)
 endfunction()

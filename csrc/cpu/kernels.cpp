@@ -15,10 +15,12 @@ namespace qwen_sparse::cpu {
 constexpr int64_t no_workspace(const AttentionParams&) { return 0; }
 
 constexpr Kernels with_tiles(Kernels kernels, const char* isa, int64_t (*workspace)(const AttentionParams&),
-                             void (*attention)(const AttentionParams&, const HeadIndexView*)) {
+                             void (*attention)(const AttentionParams&, const HeadIndexView*),
+                             void (*select_groups)(const SelectGroupsParams&)) {
   kernels.isa = isa;
   kernels.attention_workspace = workspace;
   kernels.attention = attention;
+  kernels.select_groups = select_groups;
   return kernels;
 }
 
@@ -36,17 +38,18 @@ constexpr Kernels with_tiles(Kernels kernels, const char* isa, int64_t (*workspa
                              rotary, store_kv,     dequantize_kv, gather_kv,     decode_attention}; \
   }
 
-// Attention on tiles, where inputs allow that; all else as `base` does it.
-#define QWEN_SPARSE_DECLARE_TILES(set, base)                                                \
-  namespace set {                                                                           \
-  int64_t tile_workspace(const AttentionParams&);                                           \
-  bool attend_on_tiles(const AttentionParams&, const HeadIndexView*);                       \
-  void attention(const AttentionParams& p, const HeadIndexView* heads) {                    \
-    if (attend_on_tiles(p, heads)) return;                                                  \
-    if (p.attended != nullptr) std::fill_n(p.attended, p.shape.num_heads, 0);               \
-    base::attention(p, heads);                                                              \
-  }                                                                                         \
-  constexpr Kernels kKernels = with_tiles(base::kKernels, #set, tile_workspace, attention); \
+// Attention (where inputs allow it) and the selection of groups on tiles; all else as `base` does it.
+#define QWEN_SPARSE_DECLARE_TILES(set, base)                                                               \
+  namespace set {                                                                                          \
+  int64_t tile_workspace(const AttentionParams&);                                                          \
+  bool attend_on_tiles(const AttentionParams&, const HeadIndexView*);                                      \
+  void attention(const AttentionParams& p, const HeadIndexView* heads) {                                   \
+    if (attend_on_tiles(p, heads)) return;                                                                 \
+    if (p.attended != nullptr) std::fill_n(p.attended, p.shape.num_heads, 0);                              \
+    base::attention(p, heads);                                                                             \
+  }                                                                                                        \
+  void select_groups(const SelectGroupsParams&);                                                           \
+  constexpr Kernels kKernels = with_tiles(base::kKernels, #set, tile_workspace, attention, select_groups); \
   }
 
 QWEN_SPARSE_DECLARE_ISA(baseline)

@@ -69,18 +69,22 @@ QWEN_SPARSE_INLINE void zero_tile() {
 }
 
 template <int kTile>
-QWEN_SPARSE_INLINE void load_tile(const std::byte* p) {
-  memcpy(&tile_registers[kTile], p, kTileBytes);
+QWEN_SPARSE_INLINE void load_tile(const void* p, int64_t stride = kRowBytes) {
+  for (int64_t row = 0; row < kTileRows; ++row) {
+    memcpy(tile_registers[kTile].rows[row], static_cast<const std::byte*>(p) + row * stride, kRowBytes);
+  }
 }
 
 template <int kTile>
-QWEN_SPARSE_INLINE void load_tile_streaming(const std::byte* p) {
+QWEN_SPARSE_INLINE void load_tile_streaming(const void* p) {
   load_tile<kTile>(p);
 }
 
 template <int kTile>
-QWEN_SPARSE_INLINE void store_tile(std::byte* p) {
-  memcpy(p, &tile_registers[kTile], kTileBytes);
+QWEN_SPARSE_INLINE void store_tile(void* p, int64_t stride = kRowBytes) {
+  for (int64_t row = 0; row < kTileRows; ++row) {
+    memcpy(static_cast<std::byte*>(p) + row * stride, tile_registers[kTile].rows[row], kRowBytes);
+  }
 }
 
 template <int kC, int kA, int kB>

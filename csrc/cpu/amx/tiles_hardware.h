@@ -23,20 +23,21 @@ QWEN_SPARSE_INLINE void zero_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
+// `stride`: bytes from a row to the next.
 template <int kTile>
-QWEN_SPARSE_INLINE void load_tile(const std::byte* p) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(kRowBytes), "i"(kTile) : "memory");
+QWEN_SPARSE_INLINE void load_tile(const void* p, int64_t stride = kRowBytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
 }
 
 // A load that does not fill the first-level cache when it misses there.
 template <int kTile>
-QWEN_SPARSE_INLINE void load_tile_streaming(const std::byte* p) {
+QWEN_SPARSE_INLINE void load_tile_streaming(const void* p) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(kRowBytes), "i"(kTile) : "memory");
 }
 
 template <int kTile>
-QWEN_SPARSE_INLINE void store_tile(std::byte* p) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(kRowBytes), "i"(kTile) : "memory");
+QWEN_SPARSE_INLINE void store_tile(void* p, int64_t stride = kRowBytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
 }
 
 // C[m][n] += sum over i of A[m][i] B[i / 2][n][i % 2]: A is [16][32] bf16, B [16][16][2] bf16, C [16][16] float32.

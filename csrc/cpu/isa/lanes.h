@@ -6,6 +6,9 @@
 #pragma once
 
 #include "cpu/isa/vec.h"
+#ifdef QWEN_SPARSE_TILES
+#include "cpu/amx/tiles.h"
+#endif
 
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
@@ -48,11 +51,25 @@ struct Bf16Dot {
 };
 #endif
 
+#ifdef QWEN_SPARSE_TILES
+// Pairs of bf16, which tiles multiply.
+struct TileDot {
+  using Elem = uint32_t;
+  static constexpr int kPair = 2;
+  using Raw = VecU;
+};
+#endif
+
 template <typename T>
 struct DotFor {
   using type = Fp32Dot;
 };
-#ifdef __AVX512BF16__
+#if defined(QWEN_SPARSE_TILES)
+template <>
+struct DotFor<bf16> {
+  using type = TileDot;
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct DotFor<bf16> {
   using type = Bf16Dot;
@@ -126,6 +143,38 @@ void gemm_lanes(int64_t rows, int64_t vecs, int64_t depth, const typename Dot::E
                                                   factor == nullptr ? nullptr : factor + v * kLanes);
   }
 }
+
+#ifdef QWEN_SPARSE_TILES
+// C [rows][kBlockM] = A B on tiles, `rows` rounded up to 32: A has kDepth elements a row, B kBlockM.
+template <int kDepth>
+void gemm_on_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, float* c) {
+  constexpr int64_t kStrideA = kDepth * sizeof(*a), kStrideBC = kBlockM * sizeof(*b);
+  const TileScope tiles;
+  for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t lane = 0; lane < kBlockM; lane += 32) {
+      zero_tile<0>();
+      zero_tile<1>();
+      zero_tile<2>();
+      zero_tile<3>();
+      for (int64_t k = 0; k < kDepth; k += 16) {
+        load_tile<4>(a + r * kDepth + k, kStrideA);
+        load_tile<6>(b + k * kBlockM + lane, kStrideBC);
+        dot_bf16<0, 4, 6>();
+        load_tile<7>(b + k * kBlockM + lane + 16, kStrideBC);
+        dot_bf16<1, 4, 7>();
+        load_tile<5>(a + (r + 16) * kDepth + k, kStrideA);
+        dot_bf16<2, 5, 6>();
+        dot_bf16<3, 5, 7>();
+      }
+      float* out = c + r * kBlockM + lane;
+      store_tile<0>(out, kStrideBC);
+      store_tile<1>(out + 16, kStrideBC);
+      store_tile<2>(out + 16 * kBlockM, kStrideBC);
+      store_tile<3>(out + 16 * kBlockM + 16, kStrideBC);
+    }
+  }
+}
+#endif
 
 // Q^T [head_dim / kPair][kBlockM] of `rows` query rows; the other lanes are zero.
 template <typename Dot, typename T, typename RowOf>

@@ -89,6 +89,8 @@ class SelectGroups {
   }
 
  private:
+  static constexpr int64_t kMoreRows = 31;  // that multiply() writes behind the last group, on tiles
+
   struct Blocks {
     int64_t first, count, num_groups;  // num_groups: that some of them see
   };
@@ -101,7 +103,7 @@ class SelectGroups {
           m(arena.take<float>(kBlockM)),
           l(arena.take<float>(kBlockM)),
           share(arena.take<float>(kBlockM)),
-          s(arena.take<float>(num_groups * kBlockM)) {}
+          s(arena.take<float>((num_groups + kMoreRows) * kBlockM)) {}
     T* rows;       // [3 rotations][kBlockM lanes][kHeadDim], pooled
     Elem *q, *k;   // operands
     float *m, *l;  // [kBlockM] maximum and sum of each lane, in base 2
@@ -168,10 +170,22 @@ class SelectGroups {
                          scratch.k + i * kDepth);
         }
         float* s = scratch.s + begin * kBlockM;
-        gemm_lanes<Dot, kDepth, false>(count, kRowVecs, kDepth, scratch.k, scratch.q, s, nullptr);
+        multiply(count, scratch.k, scratch.q, s);
         update_sums(blocks, begin, count, scratch);
       }
       begin = chunk_end;
+    }
+  }
+
+  // s [count][kBlockM] = k q; some rows behind them may be overwritten.
+  static void multiply(int64_t count, const Elem* k, const Elem* q, float* s) {
+#ifdef QWEN_SPARSE_TILES
+    if constexpr (Dot::kPair == 2) {
+      gemm_on_tiles<kDepth>(count, k, q, s);
+    } else
+#endif
+    {
+      gemm_lanes<Dot, kDepth, false>(count, kRowVecs, kDepth, k, q, s, nullptr);
     }
   }
 
