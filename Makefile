@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 # The kernels for AMX on emulated tiles too: CPUs without AMX are to test them.
 TEST_KERNELS := --config-settings=cmake.define.QWEN_SPARSE_EMULATED_AMX=ON
 
-.PHONY: demo test test-vllm test-lm-eval sanitize lint resources format bench released released-cut clean
+.PHONY: demo test test-vllm test-lm-eval sanitize lint resources format bench bench-amx released released-cut clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -87,6 +87,18 @@ bench: $(VENV)/.dev
 	$(RUN) bench/bench_prefill.py --layers 8 --seqlens 4096 16384 --repeats 2 $(PREFILL_ARGS) --output bench/results/prefill_cpu.json
 	$(RUN) bench/plot.py bench/results/attention_cpu.json --panels bfloat16 --output bench/results/attention_cpu.png
 	$(RUN) bench/plot.py bench/results/prefill_cpu.json --output bench/results/prefill_cpu.png
+
+# What is to be measured on a CPU with AMX, in about ten minutes: docs/cpu-kernels.md says what is not confirmed yet.
+AMX_RESULTS := bench/results/amx
+bench-amx: $(VENV)/.dev
+	$(RUN) -m pytest tests/test_amx.py
+	@mkdir -p $(AMX_RESULTS)
+	$(RUN) bench/bench_machine.py --output $(AMX_RESULTS)/machine.json
+	$(RUN) bench/bench_attention.py --isas avx512 amx --seqlens 16384 --dtypes bfloat16 --no-flex --repeats 3 --output $(AMX_RESULTS)/attention.json
+	QWEN_SPARSE_CPU_ISA=amx $(RUN) bench/bench_block_groups.py --seqlens 32768 65536 --num-heads 7 --num-kv-heads 1 --head-dims 64 128 --repeats 3 --output $(AMX_RESULTS)/block_groups.json
+	$(RUN) bench/bench_attention.py --isas amx --seqlens 32768 --dtypes bfloat16 --no-flex --repeats 3 --kernels dense vertical-slash "torch SDPA" --output $(AMX_RESULTS)/attention_32k.json
+	$(RUN) bench/bench_selection.py --seqlens 65536 --repeats 3 --output $(AMX_RESULTS)/selection.json
+	$(RUN) bench/bench_prefill.py --layers 8 --seqlens 16384 --repeats 2 $(PREFILL_ARGS) --output $(AMX_RESULTS)/prefill.json
 
 # A trained model, which the tests marked "released" and the figures of accuracy need: Qwen2.5-Coder-0.5B-Instruct, or
 # RELEASED=1.5b. 0.5 GB of downloads and 1.3 GB written, or 1.1 and 3.1 GB; the cut has its first 4 layers: 0.4 and 0.7 GB.
