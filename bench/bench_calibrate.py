@@ -18,7 +18,7 @@ from typing import Any
 from qwen_sparse.calibrate import Calibration, calibrate, measure_budgets, synthetic_tokens
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.demo import DEPTHS, TRAINED_LENGTH, accuracy, accuracy_grid, load_passkey_model
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from report import add_device_argument, add_output_argument, finish, print_table
 
 FILLERS = ("grass", "sentences", "source")
@@ -65,7 +65,7 @@ def main() -> None:
     finish("calibrate", arguments, rows)
 
 
-def calibrated(model: Qwen2Model, prompt: list[int], recall: float, arguments: argparse.Namespace) -> SparseConfig:
+def calibrated(model: Decoder, prompt: list[int], recall: float, arguments: argparse.Namespace) -> SparseConfig:
     pairs = list(zip(arguments.pairs[::2], arguments.pairs[1::2], strict=True))
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "sparse_attention_config.json"
@@ -76,7 +76,7 @@ def calibrated(model: Qwen2Model, prompt: list[int], recall: float, arguments: a
 
 
 def measured(
-    model: Qwen2Model, name: str, sparse: SparseConfig, prompt: list[int], arguments: argparse.Namespace
+    model: Decoder, name: str, sparse: SparseConfig, prompt: list[int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     found: Calibration = measure_budgets(model, prompt, sparse)
     heads = [head for layer in found.layers for head in layer]

@@ -52,7 +52,7 @@ from qwen_sparse.memory import (
     kv_cache_bytes,
     peak_resident_memory,
 )
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.models.stats import ForwardStats
 from qwen_sparse.prefill import check_request, chunk_ends
 from qwen_sparse.sampling import Sampler
@@ -89,7 +89,7 @@ class Clock:
         return self.elapsed + seconds < self._limit
 
 
-def make_model(arguments: argparse.Namespace) -> Qwen2Model:
+def make_model(arguments: argparse.Namespace) -> Decoder:
     """The model, with weights on the device and no budgets yet."""
     config = model_config(
         arguments.shape,
@@ -103,10 +103,10 @@ def make_model(arguments: argparse.Namespace) -> Qwen2Model:
         },
     )
     weights = random_weights(config, arguments.device, arguments.seed)
-    return Qwen2Model(config, weights, config.dtype, arguments.device, kv_cache_dtype=arguments.kv_cache_dtype)
+    return Decoder(config, weights, config.dtype, arguments.device, kv_cache_dtype=arguments.kv_cache_dtype)
 
 
-def choose_budgets(arguments: argparse.Namespace, model: Qwen2Model) -> tuple[SparseConfig, Row]:
+def choose_budgets(arguments: argparse.Namespace, model: Decoder) -> tuple[SparseConfig, Row]:
     """Those of the file, or those found for the density; and what is to say about them."""
     config = model.config
     if arguments.budgets is None:
@@ -125,7 +125,7 @@ def choose_budgets(arguments: argparse.Namespace, model: Qwen2Model) -> tuple[Sp
 
 
 def run_prefill(
-    model: Qwen2Model,
+    model: Decoder,
     tokens: Tensor,
     cache: PagedKVCache,
     chunk_tokens: int,
@@ -186,7 +186,7 @@ def linear_flop(config: ModelConfig, rows: int, outputs: int) -> int:
     )
 
 
-def prefill_row(name: str, model: Qwen2Model, chunks: list[Chunk], total: int) -> Row:
+def prefill_row(name: str, model: Decoder, chunks: list[Chunk], total: int) -> Row:
     """Figures of a prefill."""
     config, reached = model.config, chunks[-1].end
     seconds = sum(chunk.seconds for chunk in chunks)
@@ -229,7 +229,7 @@ def memory_peak(device: torch.device, row: Row) -> Iterator[None]:
 
 
 def measure_prefill(
-    arguments: argparse.Namespace, model: Qwen2Model, tokens: Tensor, cache: PagedKVCache, clock: Clock
+    arguments: argparse.Namespace, model: Decoder, tokens: Tensor, cache: PagedKVCache, clock: Clock
 ) -> tuple[list[Chunk], Tensor | None, Row]:
     """The sparse prefill of the whole prompt, after one chunk to warm up."""
     memory: Row = {}
@@ -251,7 +251,7 @@ def measure_prefill(
     return chunks, logits, row
 
 
-def measure_decode(model: Qwen2Model, cache: PagedKVCache, logits: Tensor | None, new_tokens: int) -> Row:
+def measure_decode(model: Decoder, cache: PagedKVCache, logits: Tensor | None, new_tokens: int) -> Row:
     """Greedy tokens behind the prompt; from arbitrary logits where its end was not reached."""
     vocabulary, device, keys = model.config.vocab_size, model.device, cache.seqlen
     logits = torch.zeros(vocabulary, device=device) if logits is None else logits

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from qwen_sparse.demo import MODES, TRAINED_LENGTH, load_passkey_model
 from qwen_sparse.evaluate import Mode
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.passkey import held_out_source
 from qwen_sparse.prefill import prefill
 from report import add_output_argument, finish, print_table
 
 
-def perplexity(model: Qwen2Model, text: str, window: int) -> tuple[float, int]:
+def perplexity(model: Decoder, text: str, window: int) -> tuple[float, int]:
     """Perplexity per byte over whole windows, and how many bytes were predicted."""
     tokens = model.tokenizer.encode(text)
     total, count = 0.0, 0

@@ -46,7 +46,7 @@ from qwen_sparse import load_model, ops, prefill, reference
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.memory import default_chunk_tokens
 from qwen_sparse.models import attention as layer_attention
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.prefill import PrefillResult, PrefillStats, chunk_ends
 from qwen_sparse.testing import Timing, assert_close_to_reference, interleaved
 from report import (
@@ -69,7 +69,7 @@ IndexSets = dict[int, list[tuple[Tensor, Tensor]]]
 """By end of the prefill chunk, one (vertical, slash) pair per layer."""
 
 
-def drawn_sets(model: Qwen2Model, seqlen: int, chunk_tokens: int, density: float, seed: int) -> IndexSets:
+def drawn_sets(model: Decoder, seqlen: int, chunk_tokens: int, density: float, seed: int) -> IndexSets:
     """Index sets of the asked density for every prefill chunk and layer of a prompt."""
     config, sets, start = model.config, {}, 0
     for end in chunk_ends(0, seqlen, chunk_tokens):
@@ -82,7 +82,7 @@ def drawn_sets(model: Qwen2Model, seqlen: int, chunk_tokens: int, density: float
     return sets
 
 
-def with_sizes(model: Qwen2Model, sets: IndexSets) -> Qwen2Model:
+def with_sizes(model: Decoder, sets: IndexSets) -> Decoder:
     """The model with budgets as large as the last chunk's drawn sets, so that selection works as much."""
     vertical, slash = zip(*sets[max(sets)], strict=True)
     sparse = SparseConfig(
@@ -107,7 +107,7 @@ def replaced_selection(sets: IndexSets) -> Iterator[None]:
         yield
 
 
-def sparse_prefill(model: Qwen2Model, tokens: Tensor, chunk_tokens: int, sets: IndexSets | None) -> PrefillResult:
+def sparse_prefill(model: Decoder, tokens: Tensor, chunk_tokens: int, sets: IndexSets | None) -> PrefillResult:
     with contextlib.nullcontext() if sets is None else replaced_selection(sets):
         return prefill(model, tokens, chunk_tokens=chunk_tokens)
 
@@ -140,7 +140,7 @@ def plain_attention(dtype: torch.dtype) -> Callable[..., tuple[Tensor, None, Ten
     return run
 
 
-def check(arguments: argparse.Namespace, path: Path, model: Qwen2Model) -> None:
+def check(arguments: argparse.Namespace, path: Path, model: Decoder) -> None:
     """Compares the last logits of a short prompt, dense with transformers and sparse with the reference (on the CPU).
 
     Raises:
@@ -174,13 +174,13 @@ def report_check(name: str, seqlen: int, actual: Tensor, exact: Tensor, plain: T
     assert_close_to_reference(actual, exact, plain)
 
 
-def prompt(model: Qwen2Model, seqlen: int, seed: int) -> Tensor:
+def prompt(model: Decoder, seqlen: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + seqlen)
     return torch.randint(model.config.vocab_size, (seqlen,), generator=generator)
 
 
 def measure(
-    arguments: argparse.Namespace, model: Qwen2Model, peer: Any | None, seqlen: int, repeats: int
+    arguments: argparse.Namespace, model: Decoder, peer: Any | None, seqlen: int, repeats: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows of one length: ours dense and sparse, and transformers; and our dense logits."""
     tokens = prompt(model, seqlen, arguments.seed)

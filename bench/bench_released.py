@@ -41,7 +41,7 @@ from qwen_sparse.evaluate import evaluate_probes
 from qwen_sparse.evaluate.perplexity import Predictions, divergence
 from qwen_sparse.likelihood import last_hidden
 from qwen_sparse.memory import default_chunk_tokens
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.models.stats import ForwardStats
 from report import add_device_argument, add_output_argument, finish, print_table, save
 
@@ -95,7 +95,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [*(str(row[name]) for name in KEY), *(format(row[n], f) if n in row else "" for n, f in formats.items())]
 
 
-def measured(model: Qwen2Model, arguments: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+def measured(model: Decoder, arguments: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Rows that are not done, from the shortest length on."""
     for length, text in itertools.product(sorted(arguments.lengths), arguments.texts):
         tokens = model.tokenizer.encode(TEXTS[text]())[:length]
@@ -112,7 +112,7 @@ def measured(model: Qwen2Model, arguments: argparse.Namespace, done: set[tuple[A
                     yield {"part": part, "text": text, "length": length, "rope": rope, **row}
 
 
-def with_rope(model: Qwen2Model, rope: str, length: int, arguments: argparse.Namespace) -> Qwen2Model:
+def with_rope(model: Decoder, rope: str, length: int, arguments: argparse.Namespace) -> Decoder:
     name, *sizes = rope.split(":")
     config = replace(model.config, sparse=None)
     if name == "dca":
@@ -127,7 +127,7 @@ def with_rope(model: Qwen2Model, rope: str, length: int, arguments: argparse.Nam
     return model.with_options(config=config)
 
 
-def by_method(model: Qwen2Model, method: str) -> Qwen2Model:
+def by_method(model: Decoder, method: str) -> Decoder:
     """The model that prefills by a method."""
     name, *values = method.split(":")
     if name == "dense":
@@ -142,7 +142,7 @@ def by_method(model: Qwen2Model, method: str) -> Qwen2Model:
 
 
 @torch.inference_mode()
-def predict(model: Qwen2Model, tokens: list[int], tail: int) -> tuple[Predictions, ForwardStats]:
+def predict(model: Decoder, tokens: list[int], tail: int) -> tuple[Predictions, ForwardStats]:
     """Of the last ``tail`` tokens, as evaluate.perplexity.predict_tail, and what it cost."""
     prompt, stats = torch.tensor(tokens, device=model.device), ForwardStats(model.device)
     sparse, chunk_tokens = model.prefills_sparse(len(tokens)), default_chunk_tokens(model.device)
@@ -156,7 +156,7 @@ def predict(model: Qwen2Model, tokens: list[int], tail: int) -> tuple[Prediction
 
 
 def tails(
-    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+    model: Decoder, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     reference = None
     compared = ["dense"] * ("dense" in arguments.methods)
@@ -183,7 +183,7 @@ def tails(
 
 
 def recalls(
-    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+    model: Decoder, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     for method in methods:
         if method == "dense":
@@ -202,7 +202,7 @@ def recalls(
 
 
 def probes(
-    model: Qwen2Model, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+    model: Decoder, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         hay = Path(directory) / f"{text}.txt"

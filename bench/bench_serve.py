@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from checkpoint import SHAPES, model_config, random_weights
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve.engine import Engine, EngineOptions
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken
@@ -150,7 +150,7 @@ def measure_beside(engine: Engine, document: list[int], prompt: list[int]) -> li
     return rows
 
 
-def make_engine(model: Qwen2Model, arguments: argparse.Namespace, chunk_tokens: int | None) -> Engine:
+def make_engine(model: Decoder, arguments: argparse.Namespace, chunk_tokens: int | None) -> Engine:
     options = EngineOptions(
         max_model_len=arguments.document + 2 * arguments.question + 128 + arguments.new_tokens,
         chunk_tokens=chunk_tokens,
@@ -166,7 +166,7 @@ def main() -> None:
     print_environment()
     config = model_config(arguments.shape, arguments.layers, max_position_embeddings=2**20)
     weights = random_weights(config, arguments.device, arguments.seed)
-    model = Qwen2Model(
+    model = Decoder(
         config,
         weights,
         config.dtype,

@@ -17,7 +17,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -29,7 +29,7 @@ from indexes import with_budgets
 from qwen_sparse import ops, reference
 from qwen_sparse.config import DualChunkConfig
 from qwen_sparse.models import linear
-from qwen_sparse.models.qwen2 import LayerWeights, Qwen2Model
+from qwen_sparse.models.decoder import Decoder, LayerWeights
 from qwen_sparse.models.stats import ForwardStats
 from qwen_sparse.prefill import chunk_ends
 from qwen_sparse.testing import reference_error
@@ -44,7 +44,7 @@ MOST_ALLOWED = 0.1
 Sets = deque[tuple[Tensor, Tensor]]
 
 
-def check_model(model: Qwen2Model, seed: int) -> list[dict[str, Any]]:
+def check_model(model: Decoder, seed: int) -> list[dict[str, Any]]:
     """Errors of the logits: dense and sparse prefill, and the decode step.
 
     Raises:
@@ -93,7 +93,7 @@ def _worst_row(difference: Tensor) -> float:
     return float(difference.square().mean(1).sqrt().max())
 
 
-def _cut(model: Qwen2Model) -> Qwen2Model:
+def _cut(model: Decoder) -> Decoder:
     vocabulary, layers = min(VOCABULARY, model.config.vocab_size), min(LAYERS, model.config.num_layers)
     weights = model.weights
     config = replace(
@@ -107,20 +107,24 @@ def _cut(model: Qwen2Model) -> Qwen2Model:
     weights = replace(
         weights,
         embedding=weights.embedding[:vocabulary],
-        layers=[replace(layer, o=gain * layer.o, down=gain * layer.down) for layer in weights.layers[:layers]],
+        layers=[
+            replace(layer, o=gain * layer.o, mlp=replace(layer.mlp, down=gain * layer.mlp.down))
+            for layer in weights.layers[:layers]
+        ],
         lm_head=weights.lm_head[:vocabulary],
     )
     cut = replace(model, config=replace(config, sparse=None), weights=weights, attention="dense")
     return with_budgets(cut, uniform_budgets(layers, config.num_heads, COLUMNS, DISTANCES))
 
 
-def _on_cpu(model: Qwen2Model, dtype: torch.dtype) -> Qwen2Model:
+def _on_cpu(model: Decoder, dtype: torch.dtype) -> Decoder:
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to("cpu", dtype)
 
     def moved_layer(layer: LayerWeights) -> LayerWeights:
-        values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        return LayerWeights(**{name: None if x is None else moved(x) for name, x in values.items()})
+        tensors = {name: moved(x) for name, x in vars(layer).items() if isinstance(x, Tensor)}
+        mlp = {name: moved(x) for name, x in vars(layer.mlp).items() if isinstance(x, Tensor)}
+        return replace(layer, **tensors, mlp=replace(layer.mlp, **mlp))
 
     weights = model.weights
     weights = replace(
@@ -134,7 +138,7 @@ def _on_cpu(model: Qwen2Model, dtype: torch.dtype) -> Qwen2Model:
     return replace(model, weights=weights, dtype=dtype, device=torch.device("cpu"), kv_cache_dtype=kv_cache_dtype)
 
 
-def _logits(model: Qwen2Model, tokens: Tensor, *, sparse: bool) -> tuple[Tensor, float]:
+def _logits(model: Decoder, tokens: Tensor, *, sparse: bool) -> tuple[Tensor, float]:
     """Logits of every row, and the density."""
     stats = ForwardStats(model.device)
     logits = _prefill(model, tokens, model.new_cache(len(tokens)), sparse=sparse, stats=stats)
@@ -142,7 +146,7 @@ def _logits(model: Qwen2Model, tokens: Tensor, *, sparse: bool) -> tuple[Tensor,
     return logits, stats.attended_pairs / stats.causal_pairs
 
 
-def _prefill(model: Qwen2Model, tokens: Tensor, cache: Any, *, sparse: bool, stats: ForwardStats) -> Tensor:
+def _prefill(model: Decoder, tokens: Tensor, cache: Any, *, sparse: bool, stats: ForwardStats) -> Tensor:
     outputs, start = [], 0
     for end in chunk_ends(0, len(tokens), CHUNK_TOKENS):
         chunk = tokens[start:end].to(model.device)
@@ -153,7 +157,7 @@ def _prefill(model: Qwen2Model, tokens: Tensor, cache: Any, *, sparse: bool, sta
     return torch.cat(outputs)
 
 
-def _prefill_and_decode(model: Qwen2Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _prefill_and_decode(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Dense logits of all rows but the last, and those of the last by a decode step."""
     cache, tokens = model.new_cache(len(tokens)), tokens.to(model.device)
     logits = _prefill(model, tokens[:-1], cache, sparse=False, stats=ForwardStats(model.device))

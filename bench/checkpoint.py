@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qwen_sparse.config import ModelConfig
 from qwen_sparse.loader import empty_weights
-from qwen_sparse.models.qwen2 import Qwen2Weights
+from qwen_sparse.models.decoder import DecoderWeights
+from qwen_sparse.models.mlp import Mlp
 
 _COMMON = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -54,7 +55,7 @@ def model_config(shape: str, num_layers: int | None, **changes: object) -> Model
 
 
 @torch.no_grad()
-def random_weights(config: ModelConfig, device: torch.device, seed: int) -> Qwen2Weights:
+def random_weights(config: ModelConfig, device: torch.device, seed: int) -> DecoderWeights:
     """Weights made where they are used, one tensor at a time in the config's dtype.
 
     Every matrix keeps the deviation of what it multiplies (1 / sqrt(inputs)); those that add to the residual have
@@ -77,8 +78,9 @@ def random_weights(config: ModelConfig, device: torch.device, seed: int) -> Qwen
         layer.post_attention_norm.fill_(1)
         fill(layer.qkv)
         fill(layer.o, residual)
-        fill(layer.gate_up)
-        fill(layer.down, residual)
+        assert isinstance(layer.mlp, Mlp)
+        fill(layer.mlp.gate_up)
+        fill(layer.mlp.down, residual)
         if layer.qkv_bias is not None:
             layer.qkv_bias.normal_(std=BIAS_DEVIATION, generator=generator)
             layer.qkv_bias[-config.num_kv_heads * config.head_dim :].zero_()  # v: would be common to all rows

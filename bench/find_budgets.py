@@ -24,7 +24,7 @@ from torch import Tensor
 from indexes import BAND, BLOCK_M, SINKS, attended_keys, evenly_spaced
 from qwen_sparse import ops
 from qwen_sparse.config import ModelConfig, SparseConfig
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.prefill import chunk_ends
 
 PAIR = (1000, 6096)
@@ -96,7 +96,7 @@ def uniform_budgets(num_layers: int, num_heads: int, vertical_size: int, slash_s
 
 
 @torch.inference_mode()
-def find_budgets(model: Qwen2Model, seqlen: int, chunk_tokens: int, density: float, seed: int) -> Budgets:
+def find_budgets(model: Decoder, seqlen: int, chunk_tokens: int, density: float, seed: int) -> Budgets:
     """Budgets for about ``density``: attended over causal pairs of a whole prompt of ``seqlen`` tokens.
 
     Raises:
@@ -126,7 +126,7 @@ def find_budgets(model: Qwen2Model, seqlen: int, chunk_tokens: int, density: flo
     return max(samples, key=lambda sample: sample.num_keys).describe(*sizes(low))
 
 
-def _samples(model: Qwen2Model, seqlen: int, chunk_tokens: int, seed: int) -> Iterator[Sample]:
+def _samples(model: Decoder, seqlen: int, chunk_tokens: int, seed: int) -> Iterator[Sample]:
     config, generator = model.config, torch.Generator(model.device).manual_seed(seed)
     dual_chunk = config.dual_chunk
     chunk_len = None if dual_chunk is None else dual_chunk.chunk_len

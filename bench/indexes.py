@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_sparse.checkpoint import parse_json
 from qwen_sparse.config import SparseConfig
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 BLOCK_M = 64
 SINKS, BAND = 30, 100
@@ -153,7 +153,7 @@ def read_budgets(path: Path, num_layers: int, num_heads: int) -> SparseConfig:
     return SparseConfig.from_budgets(chosen, num_layers=num_layers, num_heads=num_heads, threshold=0)
 
 
-def with_budgets(model: Qwen2Model, sparse: SparseConfig) -> Qwen2Model:
+def with_budgets(model: Decoder, sparse: SparseConfig) -> Decoder:
     """The model with sparse attention by these budgets, for prompts of any length."""
     return model.with_options(config=replace(model.config, sparse=sparse)).with_options(attention="sparse")
 

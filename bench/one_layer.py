@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_sparse import ops
 from qwen_sparse.kv_cache import PagedKVCache
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.testing import interleaved
 from report import working
 
@@ -49,7 +49,7 @@ class Chunk:
 @torch.inference_mode()
 def measure_layer(
     arguments: argparse.Namespace,
-    model: Qwen2Model,
+    model: Decoder,
     cache: PagedKVCache,
     chunk: Chunk,
     skipped: list[Row],

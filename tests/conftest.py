@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from qwen_sparse import _C, load_model, ops
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 pytest_plugins = ["ptxsim.fixtures"]
 
@@ -168,7 +168,7 @@ def released_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def released_model(released_path: Path) -> Qwen2Model:
+def released_model(released_path: Path) -> Decoder:
     """All 24 layers, in bfloat16 on the CPU."""
     return load_model(released_path, device="cpu")
 
@@ -180,7 +180,7 @@ def released_cut_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def released_cut(released_cut_path: Path) -> Qwen2Model:
+def released_cut(released_cut_path: Path) -> Decoder:
     """Those four layers, in bfloat16 on the CPU."""
     return load_model(released_cut_path, device="cpu")
 

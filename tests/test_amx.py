@@ -20,7 +20,7 @@ from conftest import WriteCheckpoint
 from qwen_sparse import _C, ops, prefill, reference
 from qwen_sparse.loader import load_config
 from qwen_sparse.memory import estimate_memory
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.testing import random_indexes, random_qkv
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -178,7 +178,7 @@ def test_packed_keys_are_in_the_estimate(tiles: str, write_checkpoint: WriteChec
 
 @pytest.mark.released
 @pytest.mark.parametrize("coverage", [None, 0.9])
-def test_a_trained_model_writes_the_same(coverage: float | None, tiles: str, released_cut: Qwen2Model) -> None:
+def test_a_trained_model_writes_the_same(coverage: float | None, tiles: str, released_cut: Decoder) -> None:
     """Trained heads have keys with large biases and scores of every size."""
     tokens = torch.tensor(released_cut.tokenizer.encode(texts.code())[:1536])
     mode = "dense" if coverage is None else "sparse"

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from conftest import TINY, budgets
 from qwen_sparse import reference
 from qwen_sparse.memory import weight_elements
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.reference import vertical_slash_mask
 from qwen_sparse.testing import random_qkv
 
@@ -394,11 +394,11 @@ def test_million_leaves_out_what_is_not_wanted() -> None:
     assert record["not_measured"] == []
 
 
-def tiny_model(**changes: object) -> Qwen2Model:
+def tiny_model(**changes: object) -> Decoder:
     dual_chunk = {"chunk_size": 768, "local_size": 256, "original_max_position_embeddings": 768}
     config = model_config("tiny", None, dual_chunk_attention_config=dual_chunk, **changes)
     weights = random_weights(config, torch.device("cpu"), seed=0)
-    return Qwen2Model(config, weights, config.dtype, torch.device("cpu"), kv_cache_dtype="int8")
+    return Decoder(config, weights, config.dtype, torch.device("cpu"), kv_cache_dtype="int8")
 
 
 @pytest.mark.parametrize("op", ["attention", "dual_chunk_attention", "decode_attention", "gather_kv"])
@@ -430,7 +430,7 @@ def test_random_weights_keep_activations_in_range() -> None:
     assert logits is not None
     assert logits.std() == pytest.approx(1, rel=0.2)
     again = tiny_model(num_hidden_layers=28, tie_word_embeddings=False)
-    assert torch.equal(again.weights.layers[27].down, model.weights.layers[27].down)
+    assert torch.equal(again.weights.layers[27].mlp.down, model.weights.layers[27].mlp.down)
 
 
 def test_linear_flop_counts_every_weight() -> None:

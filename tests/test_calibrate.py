@@ -30,7 +30,7 @@ from qwen_sparse.cli import main
 from qwen_sparse.config import SparseConfig
 from qwen_sparse.memory import estimate_calibration_memory, index_bytes
 from qwen_sparse.models.attention import Queries
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from test_memory import QWEN_7B, allocated_peak
 from test_model import random_ids
 
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {"plain": {}, "dual_chunk": {"dual_chunk_atte
 
 
 @pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest, write_checkpoint: WriteCheckpoint) -> Qwen2Model:
+def model(request: pytest.FixtureRequest, write_checkpoint: WriteCheckpoint) -> Decoder:
     return load_model(write_checkpoint(**KINDS[request.param]))
 
 
@@ -76,7 +76,7 @@ def test_recall_is_one_with_full_budgets_and_never_outside_its_range(ends: list[
         assert all(0 < pairs <= 600 * 601 // 2 for pairs in attended)
 
 
-def test_recall_by_its_definition(model: Qwen2Model, tmp_path: Path) -> None:
+def test_recall_by_its_definition(model: Decoder, tmp_path: Path) -> None:
     """exp(LSE_sparse - LSE_full) of the first layer, with the reference's selection and attention."""
     n, ids = 700, random_ids(700)
     result = calibrate(model, ids, tmp_path / "out.json", recall=0.01, pairs=[(60, 128)], chunk_tokens=n)
@@ -111,7 +111,7 @@ def test_recall_by_its_definition(model: Qwen2Model, tmp_path: Path) -> None:
     assert [head.attended for head in result.layers[0]] == mask.flatten(1).sum(1).tolist()
 
 
-def test_budgets_are_measured_as_calibration_measures_them(model: Qwen2Model, tmp_path: Path) -> None:
+def test_budgets_are_measured_as_calibration_measures_them(model: Decoder, tmp_path: Path) -> None:
     result = run(model, tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text())
     sparse = SparseConfig.from_budgets(written, num_layers=2, num_heads=2)
@@ -124,8 +124,8 @@ def test_budgets_are_measured_as_calibration_measures_them(model: Qwen2Model, tm
 @pytest.fixture
 def sparse_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill whose last block is not dense, as calibration takes all rows alike."""
-    real = Qwen2Model._prefill_step
-    monkeypatch.setattr(Qwen2Model, "_prefill_step", lambda *arguments: replace(real(*arguments), dense_rows=0))
+    real = Decoder._prefill_step
+    monkeypatch.setattr(Decoder, "_prefill_step", lambda *arguments: replace(real(*arguments), dense_rows=0))
 
 
 @pytest.mark.usefixtures("sparse_to_the_end")
@@ -144,7 +144,7 @@ def test_selection_is_that_of_prefill(write_checkpoint: WriteCheckpoint, tmp_pat
 
 
 @pytest.mark.usefixtures("sparse_to_the_end")
-def test_recall_of_block_groups(model: Qwen2Model) -> None:
+def test_recall_of_block_groups(model: Decoder) -> None:
     """More coverage keeps more, and the pairs are those that prefill attends for it."""
     ids = random_ids(700)
     previous = 0.0
@@ -261,7 +261,7 @@ def test_thirty_columns_are_served_as_130(write_checkpoint: WriteCheckpoint, tmp
 OPTIONS: dict[str, Any] = {"recall": 0.9, "pairs": [(40, 60), (100, 20)], "step": 50, "chunk_tokens": 256}
 
 
-def run(model: Qwen2Model, output: Path, **options: Any) -> module.Calibration:
+def run(model: Decoder, output: Path, **options: Any) -> module.Calibration:
     return calibrate(model, random_ids(700), output, **{"base_length": 300, **OPTIONS, **options})
 
 
@@ -273,7 +273,7 @@ def stop_after(layer: int) -> Callable[[int], None]:
     return stop
 
 
-def test_the_written_config_serves(model: Qwen2Model, tmp_path: Path) -> None:
+def test_the_written_config_serves(model: Decoder, tmp_path: Path) -> None:
     assert model.path is not None
     result = run(model, model.path / "sparse_attention_config.json")
     sparse = load_model(model.path, attention="sparse")
@@ -294,7 +294,7 @@ def test_the_written_config_serves(model: Qwen2Model, tmp_path: Path) -> None:
     assert str(model.path) not in json.dumps(provenance)
 
 
-def test_a_resumed_run_writes_the_same_bytes(model: Qwen2Model, tmp_path: Path) -> None:
+def test_a_resumed_run_writes_the_same_bytes(model: Decoder, tmp_path: Path) -> None:
     run(model, tmp_path / "whole.json")
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "parts.json", on_layer=stop_after(0))
@@ -307,7 +307,7 @@ def test_a_resumed_run_writes_the_same_bytes(model: Qwen2Model, tmp_path: Path) 
     assert len(list(tmp_path.glob("parts*"))) == 2  # nothing partial is left
 
 
-def test_a_run_stopped_while_saving_resumes(model: Qwen2Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_while_saving_resumes(model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(model, tmp_path / "whole.json")
     write, calls = module._write, list[Path]()
 
@@ -325,7 +325,7 @@ def test_a_run_stopped_while_saving_resumes(model: Qwen2Model, tmp_path: Path, m
     assert len(list(tmp_path.glob("parts*"))) == 2
 
 
-def test_files_that_are_there(model: Qwen2Model, tmp_path: Path) -> None:
+def test_files_that_are_there(model: Decoder, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
         run(model, output, on_layer=stop_after(0))

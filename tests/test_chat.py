@@ -25,7 +25,7 @@ from qwen_sparse import prefill as prefill_function
 from qwen_sparse.chat import ChatSession, Turn, _show
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.tokenizer import StreamDecoder, Tokenizer
 
 MODEL = str(files("qwen_sparse") / "assets" / "passkey")
@@ -45,12 +45,12 @@ def passkey_document(length: int = 4000, seed: int = 5) -> tuple[Document, str]:
 
 
 @pytest.fixture(scope="module")
-def passkey_model() -> Qwen2Model:
+def passkey_model() -> Decoder:
     return demo.load_passkey_model(device="cpu")
 
 
 @pytest.fixture
-def model(write_checkpoint: WriteCheckpoint) -> Qwen2Model:
+def model(write_checkpoint: WriteCheckpoint) -> Decoder:
     """Random weights: answers are bytes that are mostly no UTF-8, so that their text is other tokens.
 
     Chunks are shorter than the prompts. The trained length is not: beyond it the temperature of Dual Chunk Attention
@@ -67,7 +67,7 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of every prefill."""
     lengths: list[int] = []
 
-    def spy(model: Qwen2Model, input_ids: torch.Tensor, **options: Any) -> Any:
+    def spy(model: Decoder, input_ids: torch.Tensor, **options: Any) -> Any:
         lengths.append(len(input_ids))
         return prefill_function(model, input_ids, **options)
 
@@ -79,7 +79,7 @@ def ignore(piece: str) -> None:
     pass
 
 
-def prompt_of(model: Qwen2Model, turns: tuple[Turn, ...], system: str | None = None) -> list[int]:
+def prompt_of(model: Decoder, turns: tuple[Turn, ...], system: str | None = None) -> list[int]:
     """The prompt of the last turn, written down independently."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
@@ -87,14 +87,14 @@ def prompt_of(model: Qwen2Model, turns: tuple[Turn, ...], system: str | None = N
     return model.tokenizer.encode(model.tokenizer.apply_chat_template(messages[:-1]))
 
 
-def assert_as_cold(model: Qwen2Model, session: ChatSession, system: str | None = None, **options: Any) -> None:
+def assert_as_cold(model: Decoder, session: ChatSession, system: str | None = None, **options: Any) -> None:
     """The last answer is that of a model that has seen nothing before."""
     turns = tuple(session.turns)
     assert turns[-1].tokens == list(generate(model, prompt_of(model, turns, system), **options))
 
 
 @pytest.mark.parametrize("attention", ["dense", "auto"])
-def test_a_second_question_costs_only_itself(passkey_model: Qwen2Model, prefilled: list[int], attention: str) -> None:
+def test_a_second_question_costs_only_itself(passkey_model: Decoder, prefilled: list[int], attention: str) -> None:
     model = passkey_model.with_options(attention=attention)
     document, key = passkey_document()
     session = ChatSession(model)
@@ -117,7 +117,7 @@ def test_a_second_question_costs_only_itself(passkey_model: Qwen2Model, prefille
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("sampling", [SAMPLED, PENALISED], ids=["sampled", "penalised"])
-def test_every_answer_is_that_of_a_cold_run(model: Qwen2Model, kv_cache_dtype: str, sampling: dict[str, Any]) -> None:
+def test_every_answer_is_that_of_a_cold_run(model: Decoder, kv_cache_dtype: str, sampling: dict[str, Any]) -> None:
     model = model.with_options(kv_cache_dtype=kv_cache_dtype)
     options = {"max_new_tokens": 12, **sampling}
     session = ChatSession(model, system="Be brief.", **options)
@@ -130,7 +130,7 @@ def test_every_answer_is_that_of_a_cold_run(model: Qwen2Model, kv_cache_dtype: s
         assert_as_cold(model, session, "Be brief.", **options)
 
 
-def test_a_document_is_not_encoded_again(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_is_not_encoded_again(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     session = ChatSession(model, max_new_tokens=4)
     session.add_documents(Document("a.txt", "The sky is blue. " * 40))
     session.ask("Why?", ignore)
@@ -145,7 +145,7 @@ def test_a_document_is_not_encoded_again(model: Qwen2Model, monkeypatch: pytest.
     assert_as_cold(model, session, max_new_tokens=4)
 
 
-def test_stop_strings_end_an_answer(passkey_model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_strings_end_an_answer(passkey_model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     document, key = passkey_document()
     decoded: list[int] = []
     push = StreamDecoder.push
@@ -159,7 +159,7 @@ def test_stop_strings_end_an_answer(passkey_model: Qwen2Model, monkeypatch: pyte
     assert session.ask(QUESTION, ignore).cached_tokens == turn.cached_tokens + turn.new_tokens + len(turn.answer)
 
 
-def test_a_document_in_mid_conversation_leaves_the_cache(passkey_model: Qwen2Model) -> None:
+def test_a_document_in_mid_conversation_leaves_the_cache(passkey_model: Decoder) -> None:
     (first, _), (second, _) = passkey_document(seed=1), passkey_document(seed=2)
     session = ChatSession(passkey_model.with_options(attention="dense"))
     session.add_documents(first)
@@ -181,16 +181,16 @@ class Interruption:
     """Raises KeyboardInterrupt at call ``at`` of a method of the model, once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> None:
-        original: Callable[..., Any] = getattr(Qwen2Model, method)
+        original: Callable[..., Any] = getattr(Decoder, method)
         calls = iter(range(1000))
 
-        def interrupted(model: Qwen2Model, *args: Any, **options: Any) -> Any:
+        def interrupted(model: Decoder, *args: Any, **options: Any) -> Any:
             result = original(model, *args, **options)
             if next(calls) == at:
                 raise KeyboardInterrupt
             return result
 
-        monkeypatch.setattr(Qwen2Model, method, interrupted)
+        monkeypatch.setattr(Decoder, method, interrupted)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ class Interruption:
     ids=["first_chunk", "third_chunk", "third_step", "eighth_step"],
 )
 def test_an_interrupted_session_goes_on(
-    model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, method: str, at: int, tokens: int
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, method: str, at: int, tokens: int
 ) -> None:
     options = {"max_new_tokens": 20, "chunk_tokens": 128, **SAMPLED}
     session = ChatSession(model, **options)
@@ -222,7 +222,7 @@ def test_an_interrupted_session_goes_on(
 
 
 @pytest.mark.parametrize("at", [0, 3])
-def test_interrupted_while_the_answer_is_shown(passkey_model: Qwen2Model, at: int) -> None:
+def test_interrupted_while_the_answer_is_shown(passkey_model: Decoder, at: int) -> None:
     model = passkey_model.with_options(attention="dense")
     document, key = passkey_document()
     session = ChatSession(model)
@@ -242,7 +242,7 @@ def test_interrupted_while_the_answer_is_shown(passkey_model: Qwen2Model, at: in
 
 
 def test_refused_questions_and_documents_are_taken_back(
-    passkey_model: Qwen2Model, monkeypatch: pytest.MonkeyPatch
+    passkey_model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, key = passkey_document()
     session = ChatSession(replace(passkey_model, max_seq_len=5000), max_new_tokens=20)
@@ -272,7 +272,7 @@ def test_refused_questions_and_documents_are_taken_back(
         ({"stop": [""]}, "stop must be non-empty strings"),
     ],
 )
-def test_bad_options_are_refused_at_the_start(passkey_model: Qwen2Model, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused_at_the_start(passkey_model: Decoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatSession(passkey_model, **options)
 

@@ -70,7 +70,7 @@ def test_options_reach_the_model(
     )
     assert (code, out) == (0, "text\n")
     model = seen.pop("model")
-    assert isinstance(model, qwen_sparse.models.qwen2.Qwen2Model)
+    assert isinstance(model, qwen_sparse.models.decoder.Decoder)
     assert (model.attention, model.kv_cache_dtype, str(model.dtype)) == ("sparse", "int8", "torch.bfloat16")
     assert seen.pop("prompt") == [ord("x")] * 291
     assert seen == {

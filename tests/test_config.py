@@ -105,14 +105,31 @@ def test_parse_dtype() -> None:
         parse_dtype(torch.int8)
 
 
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures must be .*got .'LlamaForCausalLM'"),
-        ({"architectures": None, "model_type": "qwen3"}, "architectures must be"),
+        ({"architectures": None, "model_type": "llama"}, "architectures must be .*got None and model_type 'llama'"),
+        ({"architectures": ["Qwen2ForCausalLM", "Qwen3ForCausalLM"]}, "architectures must be one of Qwen2ForCausalLM,"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window must be false"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be 'full_attention'"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window must be an integer in .1, .*got 0"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types must be a list with one of full_attention, sliding_attention",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+            | {"dual_chunk_attention_config": DUAL_CHUNK},
+            "dual_chunk_attention_config must be absent where layers have sliding windows",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights are not supported, got 'gptq'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type must be 'default' or 'yarn', got 'linear'"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor is missing"),
@@ -135,8 +152,12 @@ def test_parse_dtype() -> None:
         ),
         ({"rope_scaling": []}, r"rope_scaling must be an object or null, got \[\]"),
         ({"architectures": 5}, "architectures must be .*, got 5"),
-        ({"layer_types": 5}, "layer_types must all be 'full_attention', got 5"),
-        ({"layer_types": [["full_attention"]]}, "layer_types must all be 'full_attention'"),
+        ({"layer_types": 5}, "layer_types must be a list .*, got 5"),
+        ({"layer_types": [["full_attention"], "full_attention"]}, "layer_types must be a list"),
+        (MOE | {"num_experts_per_tok": 9}, r"num_experts_per_tok must be an integer in \[1, 8\], got 9"),
+        (MOE | {"num_experts": None}, "num_local_experts is missing"),
+        (MOE | {"mlp_only_layers": 1}, "mlp_only_layers must be a list of layer numbers, got 1"),
+        (MOE | {"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"use_sliding_window": "no"}, "use_sliding_window must be true or false, got 'no'"),
         ({"quantization_config": "gptq"}, "quantised weights are not supported, got 'gptq'"),
         ({"quantization_config": []}, r"quantised weights are not supported, got \[\]"),

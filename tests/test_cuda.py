@@ -174,16 +174,16 @@ UNCAPTURABLE = """
 import sys
 import torch
 from qwen_sparse import generate, load_model
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 model = load_model(sys.argv[1], device="cuda", dtype="bfloat16")
-step = Qwen2Model.decode_step
+step = Decoder.decode_step
 
 def reading(self, input_ids, *arguments):
     assert int(input_ids[0]) >= 0
     return step(self, input_ids, *arguments)
 
-Qwen2Model.decode_step = reading
+Decoder.decode_step = reading
 try:
     list(generate(model, range(50), max_new_tokens=80, stop_token_ids=()))
 except RuntimeError as error:

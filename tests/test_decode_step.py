@@ -18,7 +18,7 @@ from conftest import TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, decoding, load_model, prefill
 from qwen_sparse.decoding import StepGraph, _Steps, decode
 from qwen_sparse.models import qwen2
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.sampling import Sampler
 
 VOCAB = TINY["vocab_size"]
@@ -35,7 +35,7 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def load(self, write_checkpoint: WriteCheckpoint) -> Qwen2Model:
+    def load(self, write_checkpoint: WriteCheckpoint) -> Decoder:
         config: dict[str, Any] = {}
         if self.original is not None:
             sizes = {"chunk_size": 192, "local_size": 64, "original_max_position_embeddings": self.original}
@@ -57,7 +57,7 @@ CASES = [
 ]
 
 
-def step(model: Qwen2Model, cache: PagedKVCache, token: Tensor) -> Tensor:
+def step(model: Decoder, cache: PagedKVCache, token: Tensor) -> Tensor:
     """Logits ``[vocab]`` behind one more token."""
     logits = model.decode_step(token[None], torch.tensor([cache.seqlen]), cache.pool, cache.block_table)
     cache.commit(1)
@@ -263,7 +263,7 @@ class OnlyOn(TorchDispatchMode):
         return result
 
 
-def without_values(model: Qwen2Model) -> Qwen2Model:
+def without_values(model: Decoder) -> Decoder:
     def moved(owner: Any) -> Any:
         return replace(owner, **{key: x.to(VALUELESS) for key, x in vars(owner).items() if isinstance(x, Tensor)})
 

@@ -38,7 +38,7 @@ from qwen_sparse.evaluate.figures import draw_heat_maps, line_styles
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
 from qwen_sparse.evaluate.scoring import exact_match, score
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.tokenizer import Tokenizer
 
 TASKS = {
@@ -56,7 +56,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen2Model:
+def model() -> Decoder:
     return load_passkey_model(device="cpu")
 
 
@@ -230,7 +230,7 @@ def test_exact_match() -> None:
     assert not exact_match(["the Hague"], "in The Hague")
 
 
-def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
+def test_modes(model: Decoder, write_checkpoint: WriteCheckpoint) -> None:
     for name in ("rope", "dca", "rope+sparse", "dca+int8", "dca+sparse+int8", "rope+coverage0.0001+int8"):
         assert Mode.parse(name).name == name
     assert Mode.parse("dca+coverage.90").name == "dca+coverage0.9"
@@ -267,7 +267,7 @@ def test_modes(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
             Mode.parse(name)
 
 
-def test_an_answer_ends(model: Qwen2Model) -> None:
+def test_an_answer_ends(model: Decoder) -> None:
     prompt = make_prompt(passkey(), model.tokenizer, 512)
     given = answer(model, prompt.tokens, prompt.max_new_tokens)
     assert given.text == prompt.answers[0]  # the end token came before max_new_tokens
@@ -276,7 +276,7 @@ def test_an_answer_ends(model: Qwen2Model) -> None:
     assert len(answer(model.with_options(config=eos), prompt.tokens, 20).text) == 1
 
 
-def test_evaluation_of_the_passkey_model(model: Qwen2Model) -> None:
+def test_evaluation_of_the_passkey_model(model: Decoder) -> None:
     modes = ["rope", "dca", "dca+sparse", "dca+sparse+int8", "dca+coverage0.9", "dca+coverage0.5+int8"]
     rows = list(evaluate_tasks(model, [passkey(), frequent_words()], modes, [8192, 1536], [1.0, 0.0], samples=1))
     cells = {(row["task"], row["mode"], row["length"], row["depth"]): row for row in rows}
@@ -294,7 +294,7 @@ def test_evaluation_of_the_passkey_model(model: Qwen2Model) -> None:
     assert density["dca+coverage0.5+int8"] < density["dca+coverage0.9"] != density["dca+sparse"]
 
 
-def test_recall_by_head(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_recall_by_head(model: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the rows say is in the figure's cells, layer down and head across; the diffuse head stands out."""
     modes = ["dca+sparse", "dca+coverage0.9"]
     rows = list(evaluate_recall(model, None, modes, [4096, 1024], seed=1))
@@ -354,12 +354,12 @@ def test_large_heat_maps_keep_to_a_dozen_ticks(tmp_path: Path, monkeypatch: pyte
         ({"depths": [1.5]}, r"depths must be at least one number between 0 and 1, got \[1.5\]"),
     ],
 )
-def test_bad_arguments_are_named_at_once(model: Qwen2Model, arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named_at_once(model: Decoder, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_tasks(model, [passkey()], **{"modes": ["dca"], "lengths": [1000], **arguments})
 
 
-def test_other_bad_arguments(model: Qwen2Model, tokenizer: Tokenizer) -> None:
+def test_other_bad_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="needles must be between 1 and 16, got 17"):
         niah(17)
     with pytest.raises(ValueError, match="depth must be between 0 and 1, got -1"):

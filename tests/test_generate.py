@@ -17,7 +17,7 @@ from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, byte_tokenizer
 from qwen_sparse import PagedKVCache, Tokenizer, generate, generate_text, load_model, prefill, truncate_prompt
 from qwen_sparse.decoding import decode
 from qwen_sparse.generate import StopStrings
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.sampling import Sampler
 from qwen_sparse.tokenizer import StreamDecoder
 
@@ -26,7 +26,7 @@ NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)
 
 
 @pytest.fixture
-def model(write_checkpoint: WriteCheckpoint) -> Qwen2Model:
+def model(write_checkpoint: WriteCheckpoint) -> Decoder:
     return load_model(write_checkpoint(tokenizer=True, dual_chunk_attention_config=DUAL_CHUNK))
 
 
@@ -67,13 +67,13 @@ PROMPT = list(b"The grass is green. The sky is blue.")
         ({"stop_token_ids": 5}, r"stop_token_ids must have shape \[n\]"),
     ],
 )
-def test_bad_options_are_refused_at_the_call(model: Qwen2Model, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused_at_the_call(model: Decoder, options: dict[str, Any], message: str) -> None:
     for call in (generate, generate_text):
         with pytest.raises(ValueError, match=message):
             call(model, PROMPT, **options)  # not even iterated
 
 
-def test_an_empty_prompt_is_named(model: Qwen2Model) -> None:
+def test_an_empty_prompt_is_named(model: Decoder) -> None:
     with pytest.raises(ValueError, match="prompt must have at least one token, got ''"):
         generate_text(model, "")
 
@@ -81,7 +81,7 @@ def test_an_empty_prompt_is_named(model: Qwen2Model) -> None:
 # --- Tokens ---
 
 
-def greedy(model: Qwen2Model, ids: list[int], n: int) -> list[int]:
+def greedy(model: Decoder, ids: list[int], n: int) -> list[int]:
     """By a whole prefill per token."""
     tokens: list[int] = []
     for _ in range(n):
@@ -89,11 +89,11 @@ def greedy(model: Qwen2Model, ids: list[int], n: int) -> list[int]:
     return tokens
 
 
-def test_greedy_tokens(model: Qwen2Model) -> None:
+def test_greedy_tokens(model: Decoder) -> None:
     assert list(generate(model, PROMPT, max_new_tokens=12)) == greedy(model, PROMPT, 12)
 
 
-def test_end_tokens(model: Qwen2Model) -> None:
+def test_end_tokens(model: Decoder) -> None:
     expected = greedy(model, PROMPT, 10)
     end = expected[5]
     before = expected[: expected.index(end)]
@@ -110,19 +110,19 @@ def test_end_tokens(model: Qwen2Model) -> None:
         assert list(generate(model, PROMPT, max_new_tokens=10, stop_token_ids=stop)) == before
 
 
-def test_sampling_is_repeatable(model: Qwen2Model) -> None:
+def test_sampling_is_repeatable(model: Decoder) -> None:
     options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
     first = list(generate(model, PROMPT, seed=3, **options))
     assert first == list(generate(model, PROMPT, seed=3, **options))
     assert first != list(generate(model, PROMPT, seed=4, **options))
 
 
-def test_repetition_penalty_sees_prompt_and_output(model: Qwen2Model) -> None:
+def test_repetition_penalty_sees_prompt_and_output(model: Decoder) -> None:
     tokens = list(generate(model, PROMPT, max_new_tokens=30, repetition_penalty=1e9))
     assert len(set(tokens) | set(PROMPT)) == 30 + len(set(PROMPT))  # nothing is said twice
 
 
-def test_continuing_a_conversation(model: Qwen2Model) -> None:
+def test_continuing_a_conversation(model: Decoder) -> None:
     cache = model.new_cache()
     answer = list(generate(model, PROMPT, max_new_tokens=6, cache=cache))
     assert cache.seqlen == len(PROMPT) + 5  # all but the last token
@@ -132,7 +132,7 @@ def test_continuing_a_conversation(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_cache_between_tokens_and_behind_them(model: Qwen2Model, ahead: int) -> None:
+def test_cache_between_tokens_and_behind_them(model: Decoder, ahead: int) -> None:
     """All tokens but the last, however the output ends; also where a step runs ahead of the reader."""
     expected = greedy(model, PROMPT, 8)
     end = next(token for token in expected[3:] if token not in expected[:3])
@@ -161,7 +161,7 @@ def test_cache_between_tokens_and_behind_them(model: Qwen2Model, ahead: int) -> 
 
 
 @pytest.mark.parametrize("change", ["truncate", "reserve", "prefill"])
-def test_cache_must_not_change_between_tokens(model: Qwen2Model, change: str) -> None:
+def test_cache_must_not_change_between_tokens(model: Decoder, change: str) -> None:
     cache = model.new_cache()
     tokens = generate(model, PROMPT, cache=cache, stop_token_ids=())
     next(tokens)
@@ -175,7 +175,7 @@ def test_cache_must_not_change_between_tokens(model: Qwen2Model, change: str) ->
         next(tokens)
 
 
-def test_cache_is_freed_at_once(model: Qwen2Model) -> None:
+def test_cache_is_freed_at_once(model: Decoder) -> None:
     """Not when the garbage collector finds a cycle: on a GPU, gigabytes would wait for it."""
     cache = model.new_cache()
     freed = weakref.ref(cache)
@@ -189,13 +189,13 @@ def test_cache_is_freed_at_once(model: Qwen2Model) -> None:
         gc.enable()
 
 
-def test_logits_of_a_broken_model(model: Qwen2Model) -> None:
+def test_logits_of_a_broken_model(model: Decoder) -> None:
     broken = replace(model, weights=replace(model.weights, norm=model.weights.norm * torch.nan))
     with pytest.raises(RuntimeError, match="the logits of new token 0 are not finite"):
         next(generate(broken, PROMPT, temperature=1.0))
 
 
-def test_length_is_checked_with_the_output(model: Qwen2Model) -> None:
+def test_length_is_checked_with_the_output(model: Decoder) -> None:
     limited = replace(model, max_seq_len=len(PROMPT) + 5)
     assert len(list(generate(limited, PROMPT, max_new_tokens=5))) == 5
     with pytest.raises(ValueError, match=rf"got 0 cached \+ {len(PROMPT)} prompt \+ 6 new"):
@@ -205,7 +205,7 @@ def test_length_is_checked_with_the_output(model: Qwen2Model) -> None:
 # --- Text ---
 
 
-REAL_FORWARD = Qwen2Model.forward
+REAL_FORWARD = Decoder.forward
 
 
 class Scripted:
@@ -215,12 +215,12 @@ class Scripted:
         self.script = text.encode()
         self.produced = 0
 
-        def forward(model: Qwen2Model, input_ids: Tensor, cache: Any, **options: Any) -> Tensor:
+        def forward(model: Decoder, input_ids: Tensor, cache: Any, **options: Any) -> Tensor:
             REAL_FORWARD(model, input_ids, cache, **options)
             return self.logits()
 
-        monkeypatch.setattr(Qwen2Model, "forward", forward)
-        monkeypatch.setattr(Qwen2Model, "decode_step", lambda *arguments: self.logits()[None])
+        monkeypatch.setattr(Decoder, "forward", forward)
+        monkeypatch.setattr(Decoder, "decode_step", lambda *arguments: self.logits()[None])
 
     def logits(self) -> Tensor:
         logits = torch.zeros(VOCAB)
@@ -229,19 +229,19 @@ class Scripted:
         return logits
 
 
-def test_text_streams_whole_characters(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_streams_whole_characters(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Grüße, 世界 🙂"
     Scripted(monkeypatch, text)
     pieces = list(generate_text(model, "Hi", max_new_tokens=len(text.encode())))
     assert pieces == list(text)
 
 
-def test_cut_inside_a_character(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_inside_a_character(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     Scripted(monkeypatch, "aé")
     assert list(generate_text(model, "Hi", max_new_tokens=2)) == ["a", "\ufffd"]
 
 
-def test_stop_string(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_string(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Scripted(monkeypatch, "one END two ENDE three")
     pieces = list(generate_text(model, "Hi", max_new_tokens=22, stop="ENDE"))
     assert "".join(pieces) == "one END two "
@@ -252,7 +252,7 @@ def test_stop_string(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None
     assert bytes(tokens) == b"one END two ENDE"
 
 
-def test_tokens_are_decoded_once(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_decoded_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[int] = []
     push = StreamDecoder.push
     monkeypatch.setattr(StreamDecoder, "push", lambda self, token: pushed.append(token) or push(self, token))
@@ -268,7 +268,7 @@ def test_nothing_follows_a_stop_string() -> None:
     assert stopper.flush() == ""
 
 
-def test_unfinished_stop_string_is_text(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_stop_string_is_text(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     Scripted(monkeypatch, "fine EN")
     assert "".join(generate_text(model, "Hi", max_new_tokens=7, stop=["END"])) == "fine EN"
 

@@ -16,7 +16,7 @@ from conftest import DUAL_CHUNK, WriteCheckpoint
 from qwen_sparse import generate, prefill
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.likelihood import likelihoods
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.passkey import make_prompt
 
 CHAT = (
@@ -26,7 +26,7 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen2Model:
+def model() -> Decoder:
     return load_passkey_model(device="cpu")
 
 
@@ -44,7 +44,7 @@ def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance(kind, {}, request, number) for number, request in enumerate(arguments)]
 
 
-def stepwise(model: Qwen2Model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def stepwise(model: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """As generation would go: the context is a prompt, then one token at a time."""
     result = prefill(model, context)
     logits, total, greedy = result.logits, 0.0, True
@@ -55,7 +55,7 @@ def stepwise(model: Qwen2Model, context: list[int], continuation: list[int]) -> 
     return total, greedy
 
 
-def test_likelihoods_are_those_of_all_logits(model: Qwen2Model) -> None:
+def test_likelihoods_are_those_of_all_logits(model: Decoder) -> None:
     tokens = model.tokenizer.encode(make_prompt(3000, 0.5, seed=3).text)
     for runner in (model.with_options(attention="dense"), model.with_options(attention="sparse")):
         for count, chunk in ((2999, None), (700, 1024), (1, 1024)):  # over pieces of logits and prefill chunks
@@ -68,7 +68,7 @@ def test_likelihoods_are_those_of_all_logits(model: Qwen2Model) -> None:
             assert count == 1 or 0 < int(found.greedy.sum()) < count
 
 
-def test_likelihoods_behind_a_cache_are_those_of_decoding(model: Qwen2Model) -> None:
+def test_likelihoods_behind_a_cache_are_those_of_decoding(model: Decoder) -> None:
     tokens = model.tokenizer.encode(make_prompt(2600, 0.5, seed=3).text)
     context, behind = tokens[:2500], tokens[2500:]
     for runner in (model.with_options(attention="sparse"), model.with_options(kv_cache_dtype="int8")):
@@ -80,7 +80,7 @@ def test_likelihoods_behind_a_cache_are_those_of_decoding(model: Qwen2Model) -> 
         assert first + float(found.log_probability.sum()) == pytest.approx(total, rel=2e-3)
 
 
-def test_likelihoods_check_their_arguments(model: Qwen2Model) -> None:
+def test_likelihoods_check_their_arguments(model: Decoder) -> None:
     with pytest.raises(ValueError, match="targets must be at most as many as input_ids, 2, got 3"):
         likelihoods(model, [1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="input_ids must have shape"):
@@ -88,7 +88,7 @@ def test_likelihoods_check_their_arguments(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("options", [{"attention": "dense"}, {"attention": "sparse"}, {"coverage": 0.9}], ids=str)
-def test_continuations(model: Qwen2Model, options: dict[str, Any]) -> None:
+def test_continuations(model: Decoder, options: dict[str, Any]) -> None:
     """Equal contexts, not next to each other, share a prefill and get what each would get alone."""
     if "coverage" in options:
         options = {**options, "attention": "sparse"}
@@ -119,7 +119,7 @@ def test_continuations(model: Qwen2Model, options: dict[str, Any]) -> None:
     assert found[0][0] > found[2][0] + 5
 
 
-def test_a_context_is_prefilled_once(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_is_prefilled_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = harness(model.path)
     from qwen_sparse import lm_eval as adapter
 
@@ -134,7 +134,7 @@ def test_a_context_is_prefilled_once(model: Qwen2Model, monkeypatch: pytest.Monk
     assert prefilled == [7, 7]
 
 
-def test_rolling(model: Qwen2Model) -> None:
+def test_rolling(model: Decoder) -> None:
     text = "".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(100))
     tokens = model.tokenizer.encode(text)
     whole, empty = harness(model.path).loglikelihood_rolling(
@@ -156,7 +156,7 @@ def test_rolling(model: Qwen2Model) -> None:
     assert windowed == pytest.approx(expected, rel=1e-5)
 
 
-def test_answers(model: Qwen2Model) -> None:
+def test_answers(model: Decoder) -> None:
     lm = harness(model.path)
     prompt = make_prompt(3000, 0.4, seed=5)
     given = {"until": ["\n", ""], "max_gen_toks": 5}
@@ -180,7 +180,7 @@ def test_answers(model: Qwen2Model) -> None:
         lm.generate_until(instances("generate_until", ("a", {"num_beams": 2})))
 
 
-def test_long_contexts_are_cut_from_the_left(model: Qwen2Model, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_contexts_are_cut_from_the_left(model: Decoder, caplog: pytest.LogCaptureFixture) -> None:
     lm = harness(model.path, max_seq_len=600)
     long = "x" * 900 + make_prompt(500, 0.4, seed=5).text.rstrip()
     short = long[-(600 - 4) :]
@@ -210,7 +210,7 @@ def test_chat(write_checkpoint: WriteCheckpoint) -> None:
     assert lm.apply_chat_template(history, add_generation_prompt=False) == f"{asked}Hi, I am"
 
 
-def test_bad_arguments(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
+def test_bad_arguments(model: Decoder, write_checkpoint: WriteCheckpoint) -> None:
     with pytest.raises(TypeError, match="fast"):
         harness(model.path, fast=True)
     with pytest.raises(ValueError, match="batch_size must be 1 or 'auto'"):
@@ -248,7 +248,7 @@ TASKS = {
 }
 
 
-def test_a_local_task_end_to_end(model: Qwen2Model, tmp_path: Path) -> None:
+def test_a_local_task_end_to_end(model: Decoder, tmp_path: Path) -> None:
     """The harness's own command line with tasks of a local file, without a network: scores, and every likelihood."""
     pytest.importorskip("lm_eval", reason="needs lm-eval: make test-lm-eval")
     prompts = [make_prompt(2500, depth, seed=seed) for seed, depth in enumerate((0.2, 0.6, 0.9))]

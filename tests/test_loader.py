@@ -29,9 +29,9 @@ def test_every_tensor_lands_in_its_place(write_checkpoint: WriteCheckpoint) -> N
         assert torch.equal(layer.qkv, torch.cat([part[f"self_attn.{n}_proj.weight"] for n in "qkv"]))
         assert layer.qkv_bias is not None
         assert torch.equal(layer.qkv_bias, torch.cat([part[f"self_attn.{n}_proj.bias"] for n in "qkv"]))
-        assert torch.equal(layer.gate_up, torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]))
+        assert torch.equal(layer.mlp.gate_up, torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]))
         assert torch.equal(layer.o, part["self_attn.o_proj.weight"])
-        assert torch.equal(layer.down, part["mlp.down_proj.weight"])
+        assert torch.equal(layer.mlp.down, part["mlp.down_proj.weight"])
         assert torch.equal(layer.input_norm, part["input_layernorm.weight"])
         assert torch.equal(layer.post_attention_norm, part["post_attention_layernorm.weight"])
     assert weights.nbytes == sum(tensor.nbytes for tensor in stored.values())
@@ -40,11 +40,8 @@ def test_every_tensor_lands_in_its_place(write_checkpoint: WriteCheckpoint) -> N
 def test_sharded_equals_single(write_checkpoint: WriteCheckpoint) -> None:
     single = load_model(write_checkpoint("single", seed=1)).weights
     sharded = load_model(write_checkpoint("sharded", seed=1, shards=3)).weights
-    assert torch.equal(single.embedding, sharded.embedding)
-    assert torch.equal(single.lm_head, sharded.lm_head)
-    for one, other in zip(single.layers, sharded.layers, strict=True):
-        for name, tensor in vars(one).items():
-            assert torch.equal(tensor, getattr(other, name)), name
+    for one, other in zip(single.tensors(), sharded.tensors(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_tied_embeddings(write_checkpoint: WriteCheckpoint) -> None:

@@ -28,7 +28,7 @@ from qwen_sparse.memory import (
     resident_memory,
 )
 from qwen_sparse.models import linear
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from test_config import QWEN25_7B_1M
 
 QWEN_7B = ModelConfig.from_dict(QWEN25_7B_1M)
@@ -82,7 +82,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def measured_peak(model: Qwen2Model, n: int, chunk_tokens: int, cache: PagedKVCache) -> int:
+def measured_peak(model: Decoder, n: int, chunk_tokens: int, cache: PagedKVCache) -> int:
     """Most bytes that a prefill of n tokens held at once on top of weights and cache, by the allocator's records."""
     ids = torch.randint(TINY["vocab_size"], (n,), generator=torch.Generator().manual_seed(0))
     start, total = cache.seqlen, cache.seqlen + n

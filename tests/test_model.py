@@ -19,7 +19,7 @@ from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets, random_tensors,
 from qwen_sparse import generate, load_model, ops, prefill, reference
 from qwen_sparse.coverage import thresholds
 from qwen_sparse.memory import format_bytes
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 VOCAB = TINY["vocab_size"]
 
@@ -28,7 +28,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def all_logits(model: Qwen2Model, ids: list[int], **options: Any) -> Tensor:
+def all_logits(model: Decoder, ids: list[int], **options: Any) -> Tensor:
     return prefill(model, ids, logits="all", **options).logits
 
 

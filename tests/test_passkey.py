@@ -11,7 +11,7 @@ import torch
 
 from qwen_sparse import demo, passkey, prefill
 from qwen_sparse.evaluate import Mode
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 
 @pytest.mark.parametrize("filler", passkey.FILLERS)
@@ -72,33 +72,33 @@ def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen2Model:
+def model() -> Decoder:
     return demo.load_passkey_model()
 
 
-def found(model: Qwen2Model, mode: str, length: int, **kwargs: Any) -> list[bool]:
+def found(model: Decoder, mode: str, length: int, **kwargs: Any) -> list[bool]:
     """Retrieval at depths 0, 0.5 and 1 of prompts of ``length`` trained lengths."""
     prompts = [passkey.make_prompt(length * demo.TRAINED_LENGTH, depth, seed=17, **kwargs) for depth in (0.0, 0.5, 1.0)]
     return [demo.retrieve(model, mode, prompt).correct for prompt in prompts]
 
 
 @pytest.mark.parametrize("mode", demo.MODES)
-def test_trained_length(model: Qwen2Model, mode: str) -> None:
+def test_trained_length(model: Decoder, mode: str) -> None:
     assert found(model, mode, 1) == [True] * 3
 
 
-def test_plain_rope_fails_beyond_the_trained_length(model: Qwen2Model) -> None:
+def test_plain_rope_fails_beyond_the_trained_length(model: Decoder) -> None:
     assert found(model, "rope", 16) == [False] * 3
 
 
 @pytest.mark.parametrize("filler", passkey.FILLERS)
 @pytest.mark.parametrize("mode", ["dca", "dca+sparse", "dca+coverage0.8"])
-def test_sixteen_times_the_trained_length(model: Qwen2Model, mode: str, filler: passkey.Filler) -> None:
+def test_sixteen_times_the_trained_length(model: Decoder, mode: str, filler: passkey.Filler) -> None:
     assert found(model, mode, 16, filler=filler) == [True] * 3
 
 
 @pytest.mark.parametrize("mode", ["dca", "dca+sparse"])
-def test_int8_cache(model: Qwen2Model, mode: str) -> None:
+def test_int8_cache(model: Decoder, mode: str) -> None:
     assert found(model.with_options(kv_cache_dtype="int8"), mode, 16) == [True] * 3
 
 
@@ -107,16 +107,16 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dca+sparse", "dca+coverage0.8"])
-def test_sixty_four_times_the_trained_length(model: Qwen2Model, mode: str) -> None:
+def test_sixty_four_times_the_trained_length(model: Decoder, mode: str) -> None:
     assert found(model, mode, 64) == [True] * 3
 
 
-def test_dense_dual_chunk_at_sixty_four_times(model: Qwen2Model) -> None:
+def test_dense_dual_chunk_at_sixty_four_times(model: Decoder) -> None:
     prompt = passkey.make_prompt(64 * demo.TRAINED_LENGTH, 0.5, seed=17)
     assert demo.retrieve(model, "dca", prompt).correct
 
 
-def answer_log_probability(model: Qwen2Model, prompt: passkey.PasskeyPrompt) -> float:
+def answer_log_probability(model: Decoder, prompt: passkey.PasskeyPrompt) -> float:
     """log p(key | prompt), sparse Dual Chunk Attention."""
     runner = Mode.parse("dca+sparse").apply(model)
     first = prefill(runner, runner.tokenizer.encode(prompt.text))
@@ -126,7 +126,7 @@ def answer_log_probability(model: Qwen2Model, prompt: passkey.PasskeyPrompt) -> 
     return float(log_probabilities[torch.arange(len(key)), key].sum())
 
 
-def test_the_temperature_of_dual_chunk_attention_is_needed(model: Qwen2Model) -> None:
+def test_the_temperature_of_dual_chunk_attention_is_needed(model: Decoder) -> None:
     """At 64 times the trained length the softmax dilutes: without m squared, keys next to the question are lost."""
     dual_chunk = model.config.dual_chunk
     assert dual_chunk is not None

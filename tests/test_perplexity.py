@@ -18,7 +18,7 @@ from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import Mode, evaluate_perplexity
 from qwen_sparse.evaluate.perplexity import divergence, predict_tail, predict_window, references_of, window_ends
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -26,11 +26,11 @@ import texts
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen2Model:
+def model() -> Decoder:
     return load_passkey_model(device="cpu")
 
 
-def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
+def test_perplexity_is_that_of_one_pass(model: Decoder) -> None:
     """Context and window one after the other predict as one pass over both, while the temperature is the same."""
     tokens = model.tokenizer.encode("def f(x):\n    return x + 1\n" * 20)[:480]
     for name in ("rope", "dca"):
@@ -56,7 +56,7 @@ def test_perplexity_is_that_of_one_pass(model: Qwen2Model) -> None:
     assert found["rope", 4096]["perplexity"] > 1.5 * found["dca", 4096]["perplexity"]
 
 
-def test_distances_from_the_reference(model: Qwen2Model) -> None:
+def test_distances_from_the_reference(model: Decoder) -> None:
     """Those of the logits of whole prompts, in float64; tails and windows."""
     text = "".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(200))
     tokens = model.tokenizer.encode(text)[:2048]
@@ -97,7 +97,7 @@ def test_distances_from_the_reference(model: Qwen2Model) -> None:
         divergence(exact, predict_window(runners["dca"], part, 100))
 
 
-def test_references(model: Qwen2Model) -> None:
+def test_references(model: Decoder) -> None:
     modes = ["dca+int8", "rope+sparse", "dca+sparse", "rope", "rope+int8"]
     assert references_of(modes) == dict.fromkeys(["rope+sparse", "rope", "rope+int8"], "rope")  # dca does not run
     assert references_of(modes, "dca+int8") == dict.fromkeys(modes, "dca+int8")
@@ -148,7 +148,7 @@ def test_distances_are_shown(
     assert "reference must be one of the modes dca+sparse, dca, rope+int8, got 'rope'" in capsys.readouterr().err
 
 
-def test_wrong_arguments_are_named(model: Qwen2Model) -> None:
+def test_wrong_arguments_are_named(model: Decoder) -> None:
     with pytest.raises(ValueError, match="window must be >= 64, got 16"):
         evaluate_perplexity(model, "x" * 1000, ["dca"], [512], window=16)
     with pytest.raises(ValueError, match="length must be above window = 256 for perplexity, got 256"):
@@ -160,7 +160,7 @@ def test_wrong_arguments_are_named(model: Qwen2Model) -> None:
 
 
 @pytest.mark.released
-def test_a_trained_model_is_near_itself(released_model: Qwen2Model) -> None:
+def test_a_trained_model_is_near_itself(released_model: Decoder) -> None:
     """An int8 cache changes little, half of the attention more, and each by a plausible amount."""
     text = texts.prose()[:8000]
     modes = ["rope", "rope+int8", "rope+coverage0.5"]

@@ -14,7 +14,7 @@ from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets
 from qwen_sparse import PagedKVCache, load_model, prefill
 from qwen_sparse.kv_cache import KVPool
 from qwen_sparse.memory import kv_cache_bytes
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.prefill import chunk_ends
 from qwen_sparse.reference import vertical_slash_mask
 
@@ -26,13 +26,13 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture
-def model(write_checkpoint: WriteCheckpoint) -> Qwen2Model:
+def model(write_checkpoint: WriteCheckpoint) -> Decoder:
     embedded = {**DUAL_CHUNK, "original_max_position_embeddings": 0}
     embedded |= {"sparse_attention_config": budgets(TINY, 40, 110), "sparse_attention_threshold": 400}
     return load_model(write_checkpoint(dual_chunk_attention_config=embedded))
 
 
-def test_result(model: Qwen2Model) -> None:
+def test_result(model: Decoder) -> None:
     result = prefill(model, random_ids(300), chunk_tokens=128)
     assert result.logits.shape == (TINY["vocab_size"],)
     assert result.logits.dtype == torch.float32
@@ -51,14 +51,14 @@ def test_result(model: Qwen2Model) -> None:
     assert stats.peak_memory > model.weights.nbytes
 
 
-def test_sparse_statistics(model: Qwen2Model) -> None:
+def test_sparse_statistics(model: Decoder) -> None:
     assert prefill(model, random_ids(400)).stats.density == 1.0  # at the threshold
     stats = prefill(model, random_ids(401)).stats
     assert stats.density < 1.0
     assert stats.seconds["selection"] > 0
 
 
-def test_density_counts_pairs(model: Qwen2Model) -> None:
+def test_density_counts_pairs(model: Decoder) -> None:
     """The density of a prefill equals that of the sets its selection chose."""
     chosen = []
     real = torch.ops.qwen_sparse.dual_chunk_attention
@@ -79,14 +79,14 @@ def test_density_counts_pairs(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("as_type", [list, tuple, np.asarray, torch.tensor, lambda ids: torch.tensor(ids).int()])
-def test_kinds_of_input(model: Qwen2Model, as_type: Any) -> None:
+def test_kinds_of_input(model: Decoder, as_type: Any) -> None:
     ids = random_ids(20)
     assert torch.equal(prefill(model, as_type(ids)).logits, prefill(model, ids).logits)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("first", [1, 63, 128, 290])
-def test_continuing_a_cache_equals_one_shot(model: Qwen2Model, first: int, kv_cache_dtype: str) -> None:
+def test_continuing_a_cache_equals_one_shot(model: Decoder, first: int, kv_cache_dtype: str) -> None:
     model = model.with_options(kv_cache_dtype=kv_cache_dtype)
     ids = random_ids(300)
     whole = prefill(model, ids)
@@ -98,7 +98,7 @@ def test_continuing_a_cache_equals_one_shot(model: Qwen2Model, first: int, kv_ca
     torch.testing.assert_close(rest.logits, whole.logits, rtol=0, atol=5e-5 if kv_cache_dtype == "auto" else 3e-2)
 
 
-def test_going_back_in_a_cache(model: Qwen2Model) -> None:
+def test_going_back_in_a_cache(model: Decoder) -> None:
     ids, other = random_ids(200), random_ids(50, seed=5)
     result = prefill(model, ids)
     prefill(model, other, cache=result.cache)
@@ -108,7 +108,7 @@ def test_going_back_in_a_cache(model: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("coverage", [None, 0.5])
-def test_short_continuations_are_dense(model: Qwen2Model, coverage: float | None) -> None:
+def test_short_continuations_are_dense(model: Decoder, coverage: float | None) -> None:
     model = model.with_options(attention="sparse", coverage=coverage)
     result = prefill(model, random_ids(500))
     assert result.stats.density < 1.0
@@ -140,7 +140,7 @@ def test_the_last_block_of_a_prompt_is_dense(
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_stopping_in_the_middle_leaves_whole_chunks(
-    model: Qwen2Model, error: type[BaseException], kv_cache_dtype: str
+    model: Decoder, error: type[BaseException], kv_cache_dtype: str
 ) -> None:
     model = model.with_options(kv_cache_dtype=kv_cache_dtype)
     ids, cache = random_ids(384), model.new_cache()
@@ -164,7 +164,7 @@ def test_stopping_in_the_middle_leaves_whole_chunks(
     assert torch.equal(resumed.logits, prefill(model, ids, chunk_tokens=128).logits)
 
 
-def test_too_long_for_the_model(model: Qwen2Model) -> None:
+def test_too_long_for_the_model(model: Decoder) -> None:
     limited = replace(model, max_seq_len=100)
     with pytest.raises(ValueError, match=r"max_seq_len = 100 tokens, got 0 cached \+ 101 prompt \+ 0 new = 101"):
         prefill(limited, random_ids(101))
@@ -174,9 +174,9 @@ def test_too_long_for_the_model(model: Qwen2Model) -> None:
     assert prefill(limited, random_ids(40), cache=cache).cache.seqlen == 100
 
 
-def test_too_long_for_the_memory(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_for_the_memory(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(Qwen2Model, "forward", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(Decoder, "forward", lambda *args, **kwargs: calls.append(args))
     monkeypatch.setattr(MODULE, "available_memory", lambda _: 10**6)
     with pytest.raises(
         MemoryError, match=r"300 tokens is estimated to need .* 1\.00 MB are available; estimate for all"
@@ -189,7 +189,7 @@ def test_too_long_for_the_memory(model: Qwen2Model, monkeypatch: pytest.MonkeyPa
         prefill(model, random_ids(300), logits="all")
 
 
-def test_reserved_pages_are_not_counted_again(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_pages_are_not_counted_again(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.new_cache(capacity=50_000)
     monkeypatch.setattr(MODULE, "available_memory", lambda _: cache.nbytes // 2)
     ids = random_ids(50_000)
@@ -216,7 +216,7 @@ def test_reserved_pages_are_not_counted_again(model: Qwen2Model, monkeypatch: py
         (torch.tensor([40_000], dtype=torch.uint16), r"must be in \[0, vocab_size = 260\), got 40000"),
     ],
 )
-def test_bad_tokens(model: Qwen2Model, input_ids: Any, message: str) -> None:
+def test_bad_tokens(model: Decoder, input_ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prefill(model, input_ids)
 
@@ -225,14 +225,14 @@ INTEGERS = ["uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_of_every_dtype(model: Qwen2Model, dtype: str) -> None:
+def test_integers_of_every_dtype(model: Decoder, dtype: str) -> None:
     ids = [3, 255, 128]
     expected = prefill(model, ids).logits
     for given in (torch.tensor(ids, dtype=getattr(torch, dtype)), np.array(ids, dtype)):
         torch.testing.assert_close(prefill(model, given).logits, expected, rtol=0, atol=0)
 
 
-def test_bad_arguments(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> None:
+def test_bad_arguments(model: Decoder, write_checkpoint: WriteCheckpoint) -> None:
     with pytest.raises(ValueError, match="chunk_tokens must be >= 1, got 0"):
         prefill(model, [1], chunk_tokens=0)
     with pytest.raises(ValueError, match="logits must be 'last' or 'all', got 'none'"):
@@ -242,7 +242,7 @@ def test_bad_arguments(model: Qwen2Model, write_checkpoint: WriteCheckpoint) -> 
         prefill(model, [1], cache=other.new_cache())
 
 
-def test_a_cache_continues_with_other_attention(model: Qwen2Model) -> None:
+def test_a_cache_continues_with_other_attention(model: Decoder) -> None:
     assert model.config.dual_chunk is not None
     ids = random_ids(600)
     by_coverage = model.with_options(attention="sparse", coverage=0.9)
@@ -258,7 +258,7 @@ def test_a_cache_continues_with_other_attention(model: Qwen2Model) -> None:
             prefill(model.with_options(config=config), [1], cache=prefill(model, ids[:200]).cache)
 
 
-def test_autocast_changes_nothing(model: Qwen2Model) -> None:
+def test_autocast_changes_nothing(model: Decoder) -> None:
     expected = prefill(model, random_ids(300))
     step = torch.tensor([5])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -269,7 +269,7 @@ def test_autocast_changes_nothing(model: Qwen2Model) -> None:
     assert torch.equal(logits, model.forward(step, expected.cache))
 
 
-def test_capacity(model: Qwen2Model) -> None:
+def test_capacity(model: Decoder) -> None:
     for capacity in (-1, 1.5, "many"):
         with pytest.raises(ValueError, match=rf"capacity must be (an integer )?>= 0, got .*{capacity}"):
             model.new_cache(capacity)
@@ -277,7 +277,7 @@ def test_capacity(model: Qwen2Model) -> None:
         model.new_cache(2**40)
 
 
-def test_progress_bar(model: Qwen2Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(model: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
     prefill(model, random_ids(300), chunk_tokens=100, progress=True)
     shown = capsys.readouterr().err
     assert "prefill: 100%" in shown

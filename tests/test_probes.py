@@ -15,7 +15,7 @@ from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import Mode, evaluate_probes, make_probed_text
 from qwen_sparse.evaluate import probes as probes_module
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.tokenizer import Tokenizer
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen2Model:
+def model() -> Decoder:
     return load_passkey_model(device="cpu")
 
 
@@ -74,12 +74,12 @@ def test_a_file_is_hay_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert NEEDLE.sub("", text.text).count("One is here.  Two!\nA line without an end\n\nLast one\n") > 10
 
 
-def test_questions_are_answered_from_the_cached_text(model: Qwen2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_answered_from_the_cached_text(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as if it were the only one; the text is prefilled once per mode and length."""
     modes = ["dca", "dca+sparse", "dca+coverage0.5+int8"]
     prefilled: list[tuple[str, int]] = []
 
-    def counted(runner: Qwen2Model, tokens: list[int], **options: Any) -> Any:
+    def counted(runner: Decoder, tokens: list[int], **options: Any) -> Any:
         prefilled.append((runner.attention, len(tokens)))
         return prefill(runner, tokens, **options)
 
@@ -109,7 +109,7 @@ def test_questions_are_answered_from_the_cached_text(model: Qwen2Model, monkeypa
     assert 0 < sum(row["found"] for row in rows) < len(rows)  # right and wrong ones have been compared
 
 
-def test_what_is_found_depends_on_the_mode(model: Qwen2Model) -> None:
+def test_what_is_found_depends_on_the_mode(model: Decoder) -> None:
     rows = list(evaluate_probes(model, 2, ["rope", "dca", "dca+sparse"], [8192], samples=2))
     found = {mode: [row["found"] for row in rows if row["mode"] == mode] for mode in ("rope", "dca", "dca+sparse")}
     assert found == {"rope": [0, 0], "dca": [2, 2], "dca+sparse": [2, 2]}
@@ -117,7 +117,7 @@ def test_what_is_found_depends_on_the_mode(model: Qwen2Model) -> None:
     assert [row["density"] < 0.5 for row in rows] == [False] * 4 + [True] * 2
 
 
-def test_wrong_arguments_are_named_at_once(model: Qwen2Model, tokenizer: Tokenizer) -> None:
+def test_wrong_arguments_are_named_at_once(model: Decoder, tokenizer: Tokenizer) -> None:
     for count in (0, 257, -1):
         with pytest.raises(ValueError, match=rf"probes must be in \[1, 256\], got {count}"):
             evaluate_probes(model, count, ["dca"], [4096])
@@ -165,7 +165,7 @@ def test_command(write_checkpoint: WriteCheckpoint, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.released
-def test_a_trained_model_finds_its_needles(released_model: Qwen2Model) -> None:
+def test_a_trained_model_finds_its_needles(released_model: Decoder) -> None:
     """Two facts in a chat about 1,000 tokens of prose; the system prompt and the roles are those of the template."""
     text = make_probed_text(released_model.tokenizer, 1000, 2, chat=True)
     assert text.text.startswith("<|im_start|>system\n")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from qwen_sparse import generate_text, load_model, prefill
 from qwen_sparse.likelihood import likelihoods
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.tokenizer import Tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -241,7 +241,7 @@ def test_the_tokenizer_is_qwens(released_cut_path: Path) -> None:
 
 
 @pytest.mark.released
-def test_the_cut_model(released_cut: Qwen2Model) -> None:
+def test_the_cut_model(released_cut: Decoder) -> None:
     config = released_cut.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 14, 2, 64)
     assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (896, 4864, 151936)
@@ -265,7 +265,7 @@ def test_the_cut_model_is_that_of_transformers(released_cut_path: Path) -> None:
 
 
 @pytest.mark.released
-def test_the_whole_model_continues_code(released_model: Qwen2Model) -> None:
+def test_the_whole_model_continues_code(released_model: Decoder) -> None:
     prompt = 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n'
     written = "".join(generate_text(released_model, prompt, max_new_tokens=64))
     body = next(written[:end] for end in range(len(written), 0, -1) if _compiles(prompt + written[:end]))
@@ -283,7 +283,7 @@ def _compiles(source: str) -> bool:
 
 @pytest.mark.released
 @pytest.mark.parametrize(("text", "bound"), [("code", 8.0), ("prose", 16.0)])
-def test_the_whole_model_predicts_text(released_model: Qwen2Model, text: str, bound: float) -> None:
+def test_the_whole_model_predicts_text(released_model: Decoder, text: str, bound: float) -> None:
     """Untrained, it would be at the vocabulary's 151,936."""
     tokens = released_model.tokenizer.encode(getattr(texts, text)())[:512]
     found = likelihoods(released_model, tokens[:-1], tokens[1:])

@@ -14,7 +14,7 @@ from qwen_sparse.calibrate import measure_budgets
 from qwen_sparse.config import DualChunkConfig, SparseConfig
 from qwen_sparse.evaluate import evaluate_probes
 from qwen_sparse.evaluate.perplexity import divergence, predict_tail
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -24,11 +24,11 @@ TEXTS = {"code": texts.code, "prose": texts.prose}
 pytestmark = pytest.mark.released
 
 
-def tokens_of(model: Qwen2Model, text: str, length: int) -> list[int]:
+def tokens_of(model: Decoder, text: str, length: int) -> list[int]:
     return model.tokenizer.encode(TEXTS[text]()[: 10 * length])[:length]
 
 
-def recall(model: Qwen2Model, tokens: list[int], coverage: float) -> tuple[float, float]:
+def recall(model: Decoder, tokens: list[int], coverage: float) -> tuple[float, float]:
     """Of all rows, heads and layers, with the hidden states of dense attention; and density."""
     found = measure_budgets(model, tokens, SparseConfig(coverage=coverage))
     return found.recall, found.density
@@ -36,7 +36,7 @@ def recall(model: Qwen2Model, tokens: list[int], coverage: float) -> tuple[float
 
 @pytest.mark.parametrize("dual_chunk", [False, True], ids=["rope", "dual_chunk"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_first_layers_keep_their_attention(released_cut: Qwen2Model, text: str, dual_chunk: bool) -> None:
+def test_first_layers_keep_their_attention(released_cut: Decoder, text: str, dual_chunk: bool) -> None:
     """They keep a little less than the mean of all layers, and alike of both texts, with DCA's rotations too."""
     model, tokens = released_cut, tokens_of(released_cut, text, 4096)
     if dual_chunk:  # three chunks; the model was trained at these positions all the same
@@ -47,11 +47,11 @@ def test_first_layers_keep_their_attention(released_cut: Qwen2Model, text: str, 
         assert density < densest
 
 
-def test_first_layers_come_close_to_dense(released_cut: Qwen2Model) -> None:
+def test_first_layers_come_close_to_dense(released_cut: Decoder) -> None:
     """Hidden states behind four layers, of all rows but those that are dense anyway: the more coverage, the closer."""
     tokens = torch.tensor(tokens_of(released_cut, "code", 4096))
 
-    def hidden(model: Qwen2Model) -> Tensor:
+    def hidden(model: Decoder) -> Tensor:
         result = model.forward(tokens, model.new_cache(4096), sparse=model.attention == "sparse", output="hidden")
         assert result is not None
         return result[:-64].float()
@@ -67,7 +67,7 @@ def test_first_layers_come_close_to_dense(released_cut: Qwen2Model) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_coverage_is_what_is_kept(released_model: Qwen2Model, text: str) -> None:
+def test_coverage_is_what_is_kept(released_model: Decoder, text: str) -> None:
     tokens = tokens_of(released_model, text, 8192)
     for coverage in (0.85, 0.95):
         kept, density = recall(released_model, tokens, coverage)
@@ -76,7 +76,7 @@ def test_coverage_is_what_is_kept(released_model: Qwen2Model, text: str) -> None
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_predictions_are_those_of_dense_attention(released_model: Qwen2Model, text: str) -> None:
+def test_predictions_are_those_of_dense_attention(released_model: Decoder, text: str) -> None:
     tokens = tokens_of(released_model, text, 8192)
     dense = predict_tail(released_model.with_options(attention="dense"), tokens, 2048)
     sparse = predict_tail(released_model.with_options(attention="sparse", coverage=0.9), tokens, 2048)
@@ -85,7 +85,7 @@ def test_predictions_are_those_of_dense_attention(released_model: Qwen2Model, te
     assert sparse.loss() < dense.loss() + 0.01  # perplexity at most 1 % above; of this prose it is 1 to 2 % below
 
 
-def test_needles_that_dense_attention_finds_are_found(released_model: Qwen2Model, tmp_path: Path) -> None:
+def test_needles_that_dense_attention_finds_are_found(released_model: Decoder, tmp_path: Path) -> None:
     (tmp_path / "code.txt").write_text(texts.code()[:100_000])
     rows = evaluate_probes(
         released_model, 10, ["rope", "rope+coverage0.9"], [8192], hay=str(tmp_path / "code.txt"), chat=True

@@ -18,7 +18,7 @@ from qwen_sparse import generate, prefill
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.kv_cache import PagedKVCache
 from qwen_sparse.memory import kv_cache_bytes
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.passkey import make_prompt
 from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve import engine as engine_module
@@ -92,7 +92,7 @@ def is_token(event: Event) -> bool:
 
 
 @contextmanager
-def serving(model: Qwen2Model = DENSE, **options: Any) -> Iterator[Engine]:
+def serving(model: Decoder = DENSE, **options: Any) -> Iterator[Engine]:
     engine = Engine(model, EngineOptions(**{"max_model_len": 8192, "chunk_tokens": 512, **options}))
     engine.start()
     try:
@@ -108,7 +108,7 @@ def ask(engine: Engine, tokens: Sequence[int], **options: Any) -> tuple[Listener
     return listener, engine.submit(GenerationRequest(tokens, **options), listener)
 
 
-def expected(tokens: Sequence[int], model: Qwen2Model = DENSE, **options: Any) -> list[int]:
+def expected(tokens: Sequence[int], model: Decoder = DENSE, **options: Any) -> list[int]:
     options = {"max_new_tokens": 20, "stop_token_ids": (), "chunk_tokens": 512, **options}
     return list(generate(model, tokens, **options))
 
@@ -395,9 +395,9 @@ def ask_two(
 @pytest.mark.parametrize("attention", ["auto", "sparse"])
 def test_what_was_preempted_is_computed_as_the_first_time(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt is below the threshold, 2048 tokens; prompt and output are above it. An output is always dense."""
-    real, calls = Qwen2Model.forward, []
+    real, calls = Decoder.forward, []
 
-    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+    def spy(self: Decoder, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
         if cache.capacity >= 2048:
             calls.append((cache.seqlen, cache.seqlen + ids.shape[0], options["sparse"]))
         return real(self, ids, cache, **options)
@@ -406,7 +406,7 @@ def test_what_was_preempted_is_computed_as_the_first_time(attention: Any, monkey
     short, long = prompt(20), prompt(2200)[-2040:]
     memory = 19 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # two and 17 pages are in use when an 18th is wanted
     with serving(model, max_model_len=2304, kv_cache_memory=memory, prefix_caching=False) as engine:
-        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        monkeypatch.setattr(Decoder, "forward", spy)
         first, second = ask_two(
             engine,
             GenerationRequest(short, 200, stop_token_ids=frozenset()),
@@ -429,9 +429,9 @@ def test_preemption_in_the_middle_of_a_prompt(
     prefix_caching: bool, again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Progress goes on from where it was, whether pages of the prompt are still known or have to be computed again."""
-    real, starts = Qwen2Model.forward, []
+    real, starts = Decoder.forward, []
 
-    def spy(self: Qwen2Model, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
+    def spy(self: Decoder, ids: Tensor, cache: PagedKVCache, **options: Any) -> Tensor | None:
         if options["prompt_len"] == 1000:
             starts.append(cache.seqlen)
         return real(self, ids, cache, **options)
@@ -440,7 +440,7 @@ def test_preemption_in_the_middle_of_a_prompt(
     options = {"max_model_len": 1024, "chunk_tokens": 128, "prefix_caching": prefix_caching}
     memory = 9 * kv_cache_bytes(MODEL.config, 128, torch.float32)  # all are in use when the first needs its second
     with serving(kv_cache_memory=memory, **options) as engine:
-        monkeypatch.setattr(Qwen2Model, "forward", spy)
+        monkeypatch.setattr(Decoder, "forward", spy)
         first, second = ask_two(
             engine,
             GenerationRequest(short, 60, stop_token_ids=frozenset()),
@@ -548,7 +548,7 @@ def test_pages_without_memory_are_not_touched(monkeypatch: pytest.MonkeyPatch) -
 # --- Clients that go, and things that fail ---
 
 
-STEPS = [(Qwen2Model, "forward"), (Qwen2Model, "decode_step"), (PagedKVCache, "__init__"), (PagedKVCache, "extend")]
+STEPS = [(Decoder, "forward"), (Decoder, "decode_step"), (PagedKVCache, "__init__"), (PagedKVCache, "extend")]
 """Where a request may fail; ``extend`` is called when 300 tokens have become 384."""
 
 
@@ -620,7 +620,7 @@ def test_a_step_that_fails(
 
 
 def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Qwen2Model.decode_step
+    real = Decoder.decode_step
 
     def failing(*args: Any, **kwargs: Any) -> Tensor:
         logits = real(*args, **kwargs)
@@ -630,7 +630,7 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as engine:
         good = ask(engine, prompt(100), max_new_tokens=100)[0]
         good.wait_for(is_token)
-        monkeypatch.setattr(Qwen2Model, "decode_step", failing)
+        monkeypatch.setattr(Decoder, "decode_step", failing)
         bad = ask(engine, prompt(100, seed=1))[0].wait_for(lambda event: isinstance(event, Failed))
         assert isinstance(bad, Failed)
         assert "logits are not finite" in bad.message

@@ -41,7 +41,7 @@ from .config import SparseConfig, SparseSwitches, served_columns
 from .machine import machine
 from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
 from .models.attention import Indexes, Queries
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .passkey import make_prompt
 from .prefill import chunk_ends, token_tensor
 
@@ -226,7 +226,7 @@ def refine(
 
 @torch.inference_mode()
 def calibrate(
-    model: Qwen2Model,
+    model: Decoder,
     input_ids: Sequence[int] | Tensor,
     output: str | Path,
     *,
@@ -320,7 +320,7 @@ def calibrate(
 
 @torch.inference_mode()
 def measure_budgets(
-    model: Qwen2Model,
+    model: Decoder,
     input_ids: Sequence[int] | Tensor,
     sparse: SparseConfig,
     *,
@@ -347,7 +347,7 @@ def measure_budgets(
     length = tokens.shape[0]
     chunk_tokens = default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens
     check_integer("measure_budgets: chunk_tokens", chunk_tokens, least=1)
-    _check_memory(model, length, chunk_tokens)
+    _check_model(model, length, chunk_tokens)
     hidden, ends = F.embedding(tokens, model.weights.embedding), chunk_ends(0, length, chunk_tokens)
     layers = []
     for layer in tqdm(range(model.config.num_layers), desc="measure", unit="layer", disable=not progress):
@@ -366,7 +366,7 @@ def measure_budgets(
     return Calibration(tuple(layers), tuple(layers), _causal_pairs(length))
 
 
-def synthetic_tokens(model: Qwen2Model, length: int, seed: int) -> list[int]:
+def synthetic_tokens(model: Decoder, length: int, seed: int) -> list[int]:
     """The last ``length`` tokens of a passkey prompt: short sentences, two numbers, and the question for the first.
 
     Raises:
@@ -389,7 +389,7 @@ def _causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _one_layer(model: Qwen2Model, layer: int) -> Qwen2Model:
+def _one_layer(model: Decoder, layer: int) -> Decoder:
     """A model of this layer alone, so that its cache holds this layer alone."""
     return replace(
         model,
@@ -412,7 +412,7 @@ class _Search:
     last_q: int
     chunk_tokens: int
 
-    def check(self, model: Qwen2Model) -> None:
+    def check(self, model: Decoder) -> None:
         if not 0 < check_number("calibrate: recall", self.recall) <= 1:
             raise ValueError(f"calibrate: recall must be in (0, 1], got {self.recall}")
         for name, most in (("base_length", self.length), ("last_q", 64), ("step", None), ("chunk_tokens", None)):
@@ -425,7 +425,7 @@ class _Search:
         check_length(model, self.length, chunk_tokens=self.chunk_tokens)
 
     def run(
-        self, model: Qwen2Model, hidden: Tensor, report: Callable[[str], object]
+        self, model: Decoder, hidden: Tensor, report: Callable[[str], object]
     ) -> tuple[list[HeadBudget], list[HeadBudget], Tensor]:
         """Base pairs and refined budgets of a model of one layer, and the hidden states behind it."""
         report("dense")
@@ -450,7 +450,7 @@ class _Search:
         return base, refined, hidden
 
 
-def check_length(model: Qwen2Model, length: int, *, chunk_tokens: int | None = None) -> None:
+def check_length(model: Decoder, length: int, *, chunk_tokens: int | None = None) -> None:
     """Refuse a prompt of ``length`` tokens that cannot be calibrated on, before it is made.
 
     Raises:
@@ -463,10 +463,12 @@ def check_length(model: Qwen2Model, length: int, *, chunk_tokens: int | None = N
         raise ValueError(f"calibrate: the prompt must have at most max_seq_len = {most} tokens, got {length}")
     chunk_tokens = default_chunk_tokens(model.device) if chunk_tokens is None else chunk_tokens
     check_integer("calibrate: chunk_tokens", chunk_tokens, least=1)
-    _check_memory(model, length, chunk_tokens)
+    _check_model(model, length, chunk_tokens)
 
 
-def _check_memory(model: Qwen2Model, length: int, chunk_tokens: int) -> None:
+def _check_model(model: Decoder, length: int, chunk_tokens: int) -> None:
+    if model.config.windows:
+        raise ValueError("calibration is of models whose layers attend all keys; this one has sliding windows")
     estimate = estimate_calibration_memory(
         model.config, length, dtype=model.dtype, chunk_tokens=chunk_tokens, device=model.device
     )
@@ -478,7 +480,7 @@ def _check_memory(model: Qwen2Model, length: int, chunk_tokens: int) -> None:
         )
 
 
-def _dense_layer(model: Qwen2Model, hidden: Tensor, chunk_tokens: int, last_q: int) -> tuple[LayerRecall, Tensor]:
+def _dense_layer(model: Decoder, hidden: Tensor, chunk_tokens: int, last_q: int) -> tuple[LayerRecall, Tensor]:
     """A model of one layer, densely, over all rows: what measures its recall, and the hidden states behind it."""
     length = hidden.shape[0]
     cache, result = model.new_cache(length), torch.empty_like(hidden)
@@ -496,15 +498,17 @@ def _dense_layer(model: Qwen2Model, hidden: Tensor, chunk_tokens: int, last_q: i
     return meter, result
 
 
-def _model_digest(model: Qwen2Model) -> dict[str, Any]:
+def _model_digest(model: Decoder) -> dict[str, Any]:
     """The model's name, and digests of its config (budgets aside) and of the weights in front of the final norm."""
     config = json.dumps(
         asdict(replace(model.config, sparse=None, sparse_switches=SparseSwitches())), sort_keys=True, default=str
     )
-    weights, digest = model.weights, hashlib.sha256()
-    layers = [tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None]
-    for tensor in (weights.embedding, *layers):
-        digest.update(memoryview(tensor.detach().contiguous().view(torch.uint8).cpu().numpy()).cast("B"))
+    digest, behind = hashlib.sha256(), (model.weights.norm, model.weights.lm_head)
+    for tensor in model.weights.tensors():
+        if any(tensor is other for other in behind) and tensor is not model.weights.embedding:
+            continue
+        data: Any = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+        digest.update(memoryview(data).cast("B"))
     return {
         "model": None if model.path is None else model.path.resolve().name,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),

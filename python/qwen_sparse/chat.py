@@ -16,7 +16,7 @@ from typing import Any
 
 from .documents import Document, read_document
 from .generate import StopStrings, generate, stream_text
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .sampling import Sampler
 
 __all__ = ["ChatSession", "Turn", "run"]
@@ -103,7 +103,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: Qwen2Model,
+        model: Decoder,
         *,
         system: str | None = None,
         max_new_tokens: int = 1024,
@@ -245,7 +245,7 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def run(model: Qwen2Model, documents: Sequence[Document] = (), **options: Any) -> int:
+def run(model: Decoder, documents: Sequence[Document] = (), **options: Any) -> int:
     """Chat over standard input and output until the input ends, with prompts and commands for people on a terminal.
 
     Args:

@@ -20,7 +20,7 @@ from .documents import read_text
 from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .options import add_device, add_load_options, load, prepare
 
 __all__ = ["main"]
@@ -114,7 +114,7 @@ def _run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> Qwen2Model:
+def _load(args: argparse.Namespace) -> Decoder:
     prepare(args)
     return load(args, max_seq_len=args.max_seq_len)
 
@@ -149,7 +149,7 @@ def _source(args: argparse.Namespace) -> str:
     return " and ".join(f"--{name}" for name in ("file", "prompt") if getattr(args, name) is not None)
 
 
-def _prompt_tokens(model: Qwen2Model, text: str, args: argparse.Namespace) -> Sequence[int]:
+def _prompt_tokens(model: Decoder, text: str, args: argparse.Namespace) -> Sequence[int]:
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         text = model.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])

@@ -5,7 +5,6 @@ Everything the decoder does not implement is refused here, by name, before a wei
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import torch
 
+from .architectures import Experts, architecture_of
 from .checkpoint import parse_json, read_json, weights_dtype
+from .values import LARGEST, boolean, integer, number, refuse_unknown, value
 
 __all__ = [
     "PAGE_SIZE",
@@ -29,11 +30,7 @@ __all__ = [
 PAGE_SIZE = 128
 """Tokens per page of the KV cache. A page never straddles the border of a DCA chunk."""
 
-ARCHITECTURE = "Qwen2ForCausalLM"
 HEAD_DIMS = (64, 128)
-LARGEST = 2**31 - 1
-"""Of all counts and token ids: what an int32 holds."""
-
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DUAL_CHUNK_KEYS = frozenset({"chunk_size", "local_size", "original_max_position_embeddings"})
 _SPARSE_KEYS = frozenset(
@@ -74,50 +71,6 @@ def parse_dtype(value: object, name: str = "dtype") -> torch.dtype:
     return dtype
 
 
-def _value(raw: Mapping[str, Any], key: str, where: str, default: object) -> Any:
-    """What every reader below starts from: an absent value and null are the default."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{where}: {key} is missing")
-    return value
-
-
-def _integer(
-    raw: Mapping[str, Any],
-    key: str,
-    where: str,
-    *,
-    minimum: int = 1,
-    maximum: int = LARGEST,
-    default: int | None = None,
-) -> int:
-    value = _value(raw, key, where, default)
-    if type(value) is not int or not minimum <= value <= maximum:
-        raise ValueError(f"{where}: {key} must be an integer in [{minimum}, {maximum}], got {value!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None = None, *, above: float = 0) -> float:
-    value = _value(raw, key, where, default)
-    if type(value) not in (int, float) or not above < value <= sys.float_info.max:
-        raise ValueError(f"{where}: {key} must be a finite number > {above}, got {value!r}")
-    return float(value)
-
-
-def _boolean(raw: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    value = _value(raw, key, where, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{where}: {key} must be true or false, got {value!r}")
-    return value
-
-
-def _refuse_unknown(raw: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        raise ValueError(f"{where}: unsupported keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-
-
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary embedding: plain, or YaRN (arXiv 2309.00071) when ``factor`` is set; config.json's names."""
@@ -140,15 +93,15 @@ class RopeConfig:
             ValueError: a rope type other than default and yarn, an unknown key, or a value out of range.
         """
         where = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-        scaling = _value(raw, where, where, {})
+        scaling = value(raw, where, where, {})
         if not isinstance(scaling, Mapping):
             raise ValueError(f"{where} must be an object or null, got {scaling!r}")
-        _refuse_unknown(scaling, _ROPE_KEYS, where)
+        refuse_unknown(scaling, _ROPE_KEYS, where)
         sources = [(scaling, where), (raw, "config.json")]
         theta_source = next((source for source in sources if source[0].get("rope_theta") is not None), sources[1])
-        theta = _number(theta_source[0], "rope_theta", theta_source[1], 1e4, above=1)
+        theta = number(theta_source[0], "rope_theta", theta_source[1], 1e4, above=1)
         for source, name in sources:
-            partial = _number(source, "partial_rotary_factor", name, 1.0)
+            partial = number(source, "partial_rotary_factor", name, 1.0)
             if partial != 1.0:
                 raise ValueError(
                     f"{name}: partial_rotary_factor must be 1 (the whole head is rotated), got {partial!r}"
@@ -163,23 +116,23 @@ class RopeConfig:
             raise ValueError(f"{where}: type must be 'default' or 'yarn', got {kind!r}")
 
         def optional(key: str) -> float | None:
-            return None if scaling.get(key) is None else _number(scaling, key, where)
+            return None if scaling.get(key) is None else number(scaling, key, where)
 
         return cls(
             rope_theta=theta,
-            factor=_number(scaling, "factor", where),
-            original_max_position_embeddings=_integer(
+            factor=number(scaling, "factor", where),
+            original_max_position_embeddings=integer(
                 scaling,
                 "original_max_position_embeddings",
                 where,
                 default=raw.get("max_position_embeddings"),
             ),
-            beta_fast=_number(scaling, "beta_fast", where, 32.0),
-            beta_slow=_number(scaling, "beta_slow", where, 1.0),
+            beta_fast=number(scaling, "beta_fast", where, 32.0),
+            beta_slow=number(scaling, "beta_slow", where, 1.0),
             attention_factor=optional("attention_factor"),
             mscale=optional("mscale"),
             mscale_all_dim=optional("mscale_all_dim"),
-            truncate=_boolean(scaling, "truncate", where, True),
+            truncate=boolean(scaling, "truncate", where, True),
         )
 
 
@@ -198,7 +151,7 @@ class DualChunkConfig:
     def __post_init__(self) -> None:
         where = "dual_chunk_attention_config"
         for name, minimum in (("chunk_size", 1), ("local_size", 1), ("original_max_position_embeddings", 0)):
-            _integer({name: getattr(self, name)}, name, where, minimum=minimum)
+            integer({name: getattr(self, name)}, name, where, minimum=minimum)
         if self.local_size >= self.chunk_size:
             raise ValueError(f"{where}: local_size must be below chunk_size = {self.chunk_size}, got {self.local_size}")
         if self.chunk_len % PAGE_SIZE:
@@ -220,11 +173,11 @@ class DualChunkConfig:
             ValueError: a key is missing, unknown or out of range.
         """
         where = "dual_chunk_attention_config"
-        _refuse_unknown(raw, _DUAL_CHUNK_KEYS | _SPARSE_KEYS, where)
+        refuse_unknown(raw, _DUAL_CHUNK_KEYS | _SPARSE_KEYS, where)
         return cls(
-            chunk_size=_integer(raw, "chunk_size", where),
-            local_size=_integer(raw, "local_size", where),
-            original_max_position_embeddings=_integer(
+            chunk_size=integer(raw, "chunk_size", where),
+            local_size=integer(raw, "local_size", where),
+            original_max_position_embeddings=integer(
                 raw, "original_max_position_embeddings", where, minimum=0, default=0
             ),
         )
@@ -258,9 +211,9 @@ class SparseSwitches:
         """
         where = "dual_chunk_attention_config"
         return cls(
-            enabled=_boolean(raw, "sparse_attention_enabled", where, budgets),
-            threshold=_integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
-            last_q=_integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
+            enabled=boolean(raw, "sparse_attention_enabled", where, budgets),
+            threshold=integer(raw, "sparse_attention_threshold", where, minimum=0, default=32768),
+            last_q=integer(raw, "sparse_attention_last_q", where, maximum=64, default=64),
         )
 
 
@@ -282,7 +235,7 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         for name, minimum, maximum in (("threshold", 0, LARGEST), ("last_q", 1, 64)):
-            _integer({name: getattr(self, name)}, name, "SparseConfig", minimum=minimum, maximum=maximum)
+            integer({name: getattr(self, name)}, name, "SparseConfig", minimum=minimum, maximum=maximum)
         if self.coverage is not None:
             check_coverage(self.coverage)
         if (self.coverage is None) != bool(self.vertical_sizes and self.slash_sizes):
@@ -380,7 +333,7 @@ def served_columns(vertical: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Qwen2 decoder. Sizes are counts of elements; ``dtype`` is the checkpoint's."""
+    """A decoder. Sizes are counts of elements; ``dtype`` is the checkpoint's."""
 
     vocab_size: int
     hidden_size: int
@@ -393,8 +346,18 @@ class ModelConfig:
     rope: RopeConfig
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    architecture: str = "Qwen2ForCausalLM"
+    """Of :data:`qwen_sparse.architectures.ARCHITECTURES`."""
     attention_bias: bool = True
-    """Bias on the q, k and v projections; Qwen2 has it unless the config says false."""
+    """Bias on the q, k and v projections."""
+    output_bias: bool = False
+    """Bias on attention's output projection."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head before it is rotated."""
+    experts: Experts | None = None
+    """Of layers whose MLP is a choice of several; None: of no layer."""
+    windows: tuple[int | None, ...] = ()
+    """By layer, how many keys a row attends at most, its own included; empty: no layer has a window."""
     dtype: torch.dtype = torch.bfloat16
     """Of the checkpoint; where config.json has none, the embedding's, and float32 where there are no weights either."""
     eos_token_ids: tuple[int, ...] = ()
@@ -404,6 +367,11 @@ class ModelConfig:
     """Of a checkpoint without budgets; :attr:`sparse` has its own."""
 
     def __post_init__(self) -> None:
+        if self.windows and self.dual_chunk is not None:
+            raise ValueError(
+                "dual_chunk_attention_config must be absent where layers have sliding windows (use_sliding_window), "
+                f"got {self.dual_chunk}"
+            )
         for name in (
             () if self.sparse is None or self.sparse.coverage is not None else ("vertical_sizes", "slash_sizes")
         ):
@@ -413,6 +381,10 @@ class ModelConfig:
                     f"sparse.{name} must have shape [num_layers, num_heads] = [{self.num_layers}, {self.num_heads}], "
                     f"got {heads} heads by layer"
                 )
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a row of the layer attends at most; None: all before it."""
+        return self.windows[layer] if self.windows else None
 
     def with_coverage(self, coverage: float) -> ModelConfig:
         """The same with block groups chosen by coverage instead of budgets; the threshold stays.
@@ -435,40 +407,42 @@ class ModelConfig:
         Raises:
             ValueError: an unknown architecture, an option that is not implemented, or a bad value.
         """
-        _check_supported(raw)
         where = "config.json"
-        num_heads = _integer(raw, "num_attention_heads", where)
-        num_kv_heads = _integer(raw, "num_key_value_heads", where, default=num_heads)
+        architecture = architecture_of(raw)
+        _check_supported(raw)
+        num_heads = integer(raw, "num_attention_heads", where)
+        num_kv_heads = integer(raw, "num_key_value_heads", where, default=num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"{where}: num_attention_heads must be a multiple of num_key_value_heads = {num_kv_heads}, "
                 f"got {num_heads}"
             )
-        hidden_size = _integer(raw, "hidden_size", where)
-        head_dim = _integer(raw, "head_dim", where, default=hidden_size // num_heads)
+        hidden_size = integer(raw, "hidden_size", where)
+        head_dim = integer(raw, "head_dim", where, default=hidden_size // num_heads)
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"{where}: head_dim must be 64 or 128, got {head_dim}")
-        num_layers = _integer(raw, "num_hidden_layers", where)
-        dual_chunk = _value(raw, "dual_chunk_attention_config", where, {})
+        num_layers = integer(raw, "num_hidden_layers", where)
+        dual_chunk = value(raw, "dual_chunk_attention_config", where, {})
         if not isinstance(dual_chunk, Mapping):
             raise ValueError(f"{where}: dual_chunk_attention_config must be an object, got {dual_chunk!r}")
         budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
         switches = SparseSwitches.from_dual_chunk(dual_chunk, budgets=budgets is not None)
         return cls(
-            vocab_size=_integer(raw, "vocab_size", where),
+            vocab_size=integer(raw, "vocab_size", where),
             hidden_size=hidden_size,
-            intermediate_size=_integer(raw, "intermediate_size", where),
+            intermediate_size=integer(raw, "intermediate_size", where),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_integer(raw, "max_position_embeddings", where),
+            max_position_embeddings=integer(raw, "max_position_embeddings", where),
             rope=RopeConfig.from_dict(raw),
-            rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6),
-            tie_word_embeddings=_boolean(raw, "tie_word_embeddings", where, False),
-            attention_bias=_boolean(raw, "attention_bias", where, True),
+            rms_norm_eps=number(raw, "rms_norm_eps", where, 1e-6),
+            tie_word_embeddings=boolean(raw, "tie_word_embeddings", where, False),
+            architecture=architecture.name,
+            **architecture.read(raw, num_layers),
             dtype=parse_dtype(
-                _value(raw, "dtype", where, _value(raw, "torch_dtype", where, "float32")),
+                value(raw, "dtype", where, value(raw, "torch_dtype", where, "float32")),
                 f"{where}: dtype (or torch_dtype)",
             ),
             eos_token_ids=_token_ids(raw, "eos_token_id", where),
@@ -500,18 +474,8 @@ class ModelConfig:
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
-    architectures = raw.get("architectures")
-    if architectures in (None, []):
-        architectures = [ARCHITECTURE] if raw.get("model_type") == "qwen2" else None
-    if architectures != [ARCHITECTURE]:
-        raise ValueError(f"architectures must be ['{ARCHITECTURE}'], got {raw.get('architectures')!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    if _boolean(raw, "use_sliding_window", "config.json", False):
-        raise ValueError("use_sliding_window must be false: sliding-window layers are not supported, got true")
-    layers = raw.get("layer_types")
-    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
-        raise ValueError(f"layer_types must all be 'full_attention', got {layers!r}")
     quantization = raw.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
@@ -522,4 +486,4 @@ def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
     """A token id, a list of them, or null."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(_integer({key: token}, key, where, minimum=0) for token in ids)
+    return tuple(integer({key: token}, key, where, minimum=0) for token in ids)

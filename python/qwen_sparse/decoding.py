@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import PagedKVCache
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .sampling import Sampler
 
 __all__ = ["StepGraph", "decode"]
@@ -26,7 +26,7 @@ _SIDE_STREAM_IN_USE = threading.Lock()  # a stream records what any thread does 
 
 
 def decode(
-    model: Qwen2Model,
+    model: Decoder,
     cache: PagedKVCache,
     logits: Tensor,
     seen: Tensor,
@@ -85,7 +85,7 @@ class _Steps:
     @torch.inference_mode()
     def __init__(
         self,
-        model: Qwen2Model,
+        model: Decoder,
         cache: PagedKVCache,
         logits: Tensor,
         seen: Tensor,

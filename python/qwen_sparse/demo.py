@@ -28,7 +28,7 @@ from .evaluate.run import check_lengths
 from .loader import load_model
 from .machine import machine
 from .memory import format_bytes
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .passkey import PasskeyPrompt, make_prompt
 
 __all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run"]
@@ -70,12 +70,12 @@ class Retrieval:
         return self.answer == self.key
 
 
-def load_passkey_model(dtype: str = "float32", device: str | torch.device = "auto") -> Qwen2Model:
+def load_passkey_model(dtype: str = "float32", device: str | torch.device = "auto") -> Decoder:
     """The model that ships with the package; arguments as of :func:`~qwen_sparse.load_model`."""
     return load_model(str(files("qwen_sparse") / "assets" / "passkey"), dtype=dtype, device=device)
 
 
-def retrieve(model: Qwen2Model, mode: str, prompt: PasskeyPrompt, *, progress: bool = False) -> Retrieval:
+def retrieve(model: Decoder, mode: str, prompt: PasskeyPrompt, *, progress: bool = False) -> Retrieval:
     """Ask for the key of one prompt, greedily, in a mode that :class:`qwen_sparse.evaluate.Mode` can parse."""
     runner = Mode.parse(mode).apply(model)
     tokens = runner.tokenizer.encode(prompt.text)
@@ -94,7 +94,7 @@ def retrieve(model: Qwen2Model, mode: str, prompt: PasskeyPrompt, *, progress: b
 
 
 def accuracy_grid(
-    model: Qwen2Model,
+    model: Decoder,
     mode: str,
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(result.correct for result in long_runs if result.mode != "rope") else 1
 
 
-def _long_table(model: Qwen2Model, prompt: PasskeyPrompt) -> list[Retrieval]:
+def _long_table(model: Decoder, prompt: PasskeyPrompt) -> list[Retrieval]:
     """Run every mode on one long prompt, printing each row as it is done."""
     columns = ("", "answer", "", "first token", "density", "KV cache", "peak memory")
     layout = f"{{:>{_WIDTH}}}" + "  {:>8}  {:<6}  {:>11}  {:>7}  {:>9}  {:>11}"

@@ -12,7 +12,7 @@ from .arguments import check_integer
 from .decoding import decode
 from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .prefill import check_request, prefill, token_tensor
 from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
@@ -65,7 +65,7 @@ class StopStrings:
 
 
 def generate(
-    model: Qwen2Model,
+    model: Decoder,
     input_ids: Sequence[int] | Tensor,
     *,
     max_new_tokens: int = 256,
@@ -160,7 +160,7 @@ def generate(
 
 
 def generate_text(
-    model: Qwen2Model,
+    model: Decoder,
     prompt: str | Sequence[int] | Tensor,
     *,
     max_new_tokens: int = 256,

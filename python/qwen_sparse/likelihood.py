@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .models.stats import ForwardStats
 from .prefill import check_request, chunk_ends, token_tensor
 
@@ -38,7 +38,7 @@ def of_logits(logits: Tensor, targets: Tensor) -> Likelihoods:
 
 @torch.inference_mode()
 def likelihoods(
-    model: Qwen2Model,
+    model: Decoder,
     input_ids: Sequence[int] | Tensor,
     targets: Sequence[int] | Tensor,
     *,
@@ -78,7 +78,7 @@ def likelihoods(
 
 @torch.inference_mode()
 def last_hidden(
-    model: Qwen2Model,
+    model: Decoder,
     tokens: Tensor,
     rows: int,
     cache: PagedKVCache,
@@ -87,7 +87,7 @@ def last_hidden(
     chunk_tokens: int,
     stats: ForwardStats | None = None,
 ) -> Iterator[Tensor]:
-    """What :meth:`Qwen2Model.logits` makes logits of, for the last ``rows`` of new tokens, prefill chunk by chunk.
+    """What :meth:`Decoder.logits` makes logits of, for the last ``rows`` of new tokens, prefill chunk by chunk.
 
     Args:
         model: the model.

@@ -41,7 +41,7 @@ from .generate import generate_text, truncate_prompt
 from .kv_cache import PagedKVCache
 from .likelihood import likelihoods, of_logits
 from .loader import load_model
-from .models.qwen2 import AttentionMode
+from .models.decoder import AttentionMode
 from .prefill import prefill
 
 __all__ = ["QwenSparseLM", "main"]

@@ -1,4 +1,4 @@
-"""Loading checkpoints: a Hugging Face directory (or hub id) to :class:`~qwen_sparse.models.qwen2.Qwen2Model`.
+"""Loading checkpoints: a Hugging Face directory (or hub id) to :class:`~qwen_sparse.models.decoder.Decoder`.
 
 Weights are allocated once in their final, fused form and every tensor is copied straight into its place, so
 the peak is the weights plus one tensor. Headers are compared with the config before anything is allocated.
@@ -18,7 +18,8 @@ from torch import Tensor
 from . import _C
 from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
 from .config import ModelConfig, parse_dtype
-from .models.qwen2 import AttentionMode, LayerWeights, Qwen2Model, Qwen2Weights, check_coverage
+from .models.decoder import AttentionMode, Decoder, DecoderWeights, LayerWeights, check_coverage
+from .models.mlp import ExpertWeights, Mlp
 
 __all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
 
@@ -35,8 +36,9 @@ def load_model(
     max_seq_len: int | None = None,
     attention: AttentionMode = "auto",
     coverage: float | None = None,
-) -> Qwen2Model:
-    """Load a Qwen2/Qwen2.5 checkpoint.
+) -> Decoder:
+    """Load a checkpoint of Qwen2, Qwen2.5, Qwen3 or one of their mixtures of experts
+    (:data:`qwen_sparse.architectures.ARCHITECTURES`).
 
     Args:
         path: directory with config.json and safetensors (one file, or shards with their index), or a hub id
@@ -74,7 +76,7 @@ def load_model(
     resolved_device = resolve_device(device, resolved_dtype)
     if max_seq_len is None and config.dual_chunk is None:
         max_seq_len = config.max_position_embeddings
-    model = Qwen2Model(  # no weights yet: every argument is checked before they are read
+    model = Decoder(  # no weights yet: every argument is checked before they are read
         config=config,
         weights=empty_weights(config, resolved_dtype, torch.device("meta")),
         dtype=resolved_dtype,
@@ -164,7 +166,7 @@ def _existing_gpu(name: str, built: bool) -> torch.device:
     return resolved
 
 
-def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """Weights of a config's shapes on a device, not initialised."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -172,24 +174,41 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def mlp(layer: int) -> Mlp | ExpertWeights:
+        experts = config.experts
+        if experts is None or not experts.of_layer(layer):
+            return Mlp(empty(2 * intermediate, hidden), empty(hidden, intermediate))
+        count, size, shared = experts.num_experts, experts.intermediate_size, experts.shared_size
+        return ExpertWeights(
+            router=empty(count, hidden),
+            gate_up=empty(count, 2 * size, hidden),
+            down=empty(count, hidden, size),
+            top_k=experts.experts_per_token,
+            normalise=experts.normalise,
+            shared=None if shared is None else Mlp(empty(2 * shared, hidden), empty(hidden, shared)),
+            shared_gate=None if shared is None else empty(1, hidden),
+        )
+
     layers = [
         LayerWeights(
             input_norm=empty(hidden),
             qkv=empty(q_size + 2 * kv_size, hidden),
             qkv_bias=empty(q_size + 2 * kv_size) if config.attention_bias else None,
+            q_norm=empty(config.head_dim) if config.qk_norm else None,
+            k_norm=empty(config.head_dim) if config.qk_norm else None,
             o=empty(hidden, q_size),
+            o_bias=empty(hidden) if config.output_bias else None,
             post_attention_norm=empty(hidden),
-            gate_up=empty(2 * intermediate, hidden),
-            down=empty(hidden, intermediate),
+            mlp=mlp(layer),
         )
-        for _ in range(config.num_layers)
+        for layer in range(config.num_layers)
     ]
     embedding = empty(config.vocab_size, hidden)
     lm_head = embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden)
-    return Qwen2Weights(embedding=embedding, layers=layers, norm=empty(hidden), lm_head=lm_head)
+    return DecoderWeights(embedding=embedding, layers=layers, norm=empty(hidden), lm_head=lm_head)
 
 
-def _targets(config: ModelConfig, weights: Qwen2Weights) -> Iterator[tuple[str, Tensor]]:
+def _targets(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     """Checkpoint names with the places (views of fused weights) that they are copied to."""
     yield "model.embed_tokens.weight", weights.embedding
     yield "model.norm.weight", weights.norm
@@ -205,11 +224,28 @@ def _targets(config: ModelConfig, weights: Qwen2Weights) -> Iterator[tuple[str, 
         if layer.qkv_bias is not None:
             for name, part in zip("qkv", torch.split(layer.qkv_bias, [q_size, kv_size, kv_size]), strict=True):
                 yield f"{prefix}.self_attn.{name}_proj.bias", part
+        for name, norm in (("q", layer.q_norm), ("k", layer.k_norm)):
+            if norm is not None:
+                yield f"{prefix}.self_attn.{name}_norm.weight", norm
         yield f"{prefix}.self_attn.o_proj.weight", layer.o
-        gate, up = layer.gate_up.chunk(2)
-        yield f"{prefix}.mlp.gate_proj.weight", gate
-        yield f"{prefix}.mlp.up_proj.weight", up
-        yield f"{prefix}.mlp.down_proj.weight", layer.down
+        if layer.o_bias is not None:
+            yield f"{prefix}.self_attn.o_proj.bias", layer.o_bias
+        if isinstance(layer.mlp, Mlp):
+            yield from _mlp_targets(f"{prefix}.mlp", layer.mlp.gate_up, layer.mlp.down)
+            continue
+        yield f"{prefix}.mlp.gate.weight", layer.mlp.router
+        for expert, (gate_up, down) in enumerate(zip(layer.mlp.gate_up, layer.mlp.down, strict=True)):
+            yield from _mlp_targets(f"{prefix}.mlp.experts.{expert}", gate_up, down)
+        if layer.mlp.shared is not None and layer.mlp.shared_gate is not None:
+            yield from _mlp_targets(f"{prefix}.mlp.shared_expert", layer.mlp.shared.gate_up, layer.mlp.shared.down)
+            yield f"{prefix}.mlp.shared_expert_gate.weight", layer.mlp.shared_gate
+
+
+def _mlp_targets(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
+    gate, up = gate_up.chunk(2)
+    yield f"{prefix}.gate_proj.weight", gate
+    yield f"{prefix}.up_proj.weight", up
+    yield f"{prefix}.down_proj.weight", down
 
 
 def _may_ignore(name: str, config: ModelConfig) -> bool:
@@ -244,7 +280,7 @@ def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Tensor], 
 
 
 @torch.no_grad()
-def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen2Weights:
+def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     files = weight_files(directory)
     stored = stored_tensors(files)
     _check_tensors(stored, dict(_targets(config, empty_weights(config, dtype, torch.device("meta")))), config)

@@ -73,10 +73,18 @@ def weight_elements(config: ModelConfig) -> int:
     """Number of weights of the model; tied embeddings count once."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * q_size + 2 * kv_size)  # q and o, k and v
-    layer += (q_size + 2 * kv_size) * config.attention_bias
-    layer += 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    layer += (q_size + 2 * kv_size) * config.attention_bias + 2 * config.head_dim * config.qk_norm
+    layer += config.hidden_size * (2 + config.output_bias)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    mlps = config.num_layers * mlp
+    if config.experts is not None:
+        experts = config.experts
+        expert = experts.num_experts * (3 * experts.intermediate_size + 1) * config.hidden_size
+        if experts.shared_size is not None:
+            expert += (3 * experts.shared_size + 1) * config.hidden_size
+        mlps = sum(expert if experts.of_layer(layer) else mlp for layer in range(config.num_layers))
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + embeddings + config.hidden_size
+    return config.num_layers * layer + mlps + embeddings + config.hidden_size
 
 
 def kv_cache_bytes(config: ModelConfig, seqlen: int, storage_dtype: torch.dtype) -> int:

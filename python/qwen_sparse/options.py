@@ -8,7 +8,7 @@ import os
 import torch
 
 from .loader import load_model
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 
 __all__ = ["add_device", "add_load_options", "load", "prepare"]
 
@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Qwen2Model:
+def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Decoder:
     """The model of --model and the options of :func:`add_load_options`; see :func:`qwen_sparse.load_model`."""
     return load_model(
         args.model,

@@ -26,7 +26,7 @@ from .memory import (
     kv_cache_bytes,
     peak_resident_memory,
 )
-from .models.qwen2 import Qwen2Model
+from .models.decoder import Decoder
 from .models.stats import ForwardStats, Phase
 
 __all__ = ["PrefillResult", "PrefillStats", "check_request", "prefill", "token_tensor"]
@@ -71,7 +71,7 @@ class PrefillResult:
 
 
 def prefill(
-    model: Qwen2Model,
+    model: Decoder,
     input_ids: Sequence[int] | Tensor,
     *,
     chunk_tokens: int | None = None,
@@ -177,7 +177,7 @@ def chunk_ends(start: int, total: int, chunk_tokens: int) -> list[int]:
 
 
 def token_tensor(
-    model: Qwen2Model,
+    model: Decoder,
     token_ids: Collection[int] | Tensor,
     name: str = "input_ids",
     *,
@@ -218,7 +218,7 @@ def token_tensor(
 
 
 def check_request(
-    model: Qwen2Model,
+    model: Decoder,
     num_tokens: int,
     *,
     cache: PagedKVCache | None,
@@ -271,7 +271,7 @@ def check_request(
         )
 
 
-def _check_cache(model: Qwen2Model, cache: PagedKVCache) -> None:
+def _check_cache(model: Decoder, cache: PagedKVCache) -> None:
     """Keys and values depend on the weights and on how keys are rotated, not on which of them attention reads."""
     pool = cache.pool
     same = _what_keys_depend_on(pool.config) == _what_keys_depend_on(model.config)

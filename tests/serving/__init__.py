@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from qwen_sparse.demo import load_passkey_model
-from qwen_sparse.models.qwen2 import Qwen2Model
+from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.serve.api import Settings, create_app
 from qwen_sparse.serve.engine import Engine, EngineOptions, Snapshot
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken, RequestStats, TokenLogprobs
@@ -25,7 +25,7 @@ WAIT = 20.0
 
 
 @cache
-def passkey_model() -> Qwen2Model:
+def passkey_model() -> Decoder:
     """The repository's own model, dense in every prefill so that a warm prefix gives the same tokens as a cold one."""
     return load_passkey_model().with_options(attention="dense")
 

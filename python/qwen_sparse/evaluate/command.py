@@ -14,7 +14,7 @@ from .. import __version__
 from ..documents import read_text
 from ..loader import load_model
 from ..machine import machine
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..options import add_device
 from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes
@@ -184,7 +184,7 @@ def _set_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def _rows(model: Qwen2Model, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _rows(model: Decoder, modes: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     progress = sys.stderr.isatty()
     text = None if getattr(args, "text", None) is None else read_text(args.text)
     if args.task == "recall":
@@ -224,7 +224,7 @@ def _hay(args: argparse.Namespace) -> dict[str, str]:
     return {} if args.haystack is None else {"hay": args.haystack}
 
 
-def _write(args: argparse.Namespace, model: Qwen2Model, modes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+def _write(args: argparse.Namespace, model: Decoder, modes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """Files by name only: a result says which one, not where it lay."""
     left_out = ("run", "command", "task", "output", "figures", "model", "modes")
     options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..config import check_coverage
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 
 __all__ = ["Mode", "default_modes"]
 
@@ -61,7 +61,7 @@ class Mode:
             parts.append("vertical-slash" if self.coverage is None else f"block groups (coverage {self.coverage})")
         return " + ".join([*parts, *["int8 KV"] * self.int8])
 
-    def apply(self, model: Qwen2Model) -> Qwen2Model:
+    def apply(self, model: Decoder) -> Decoder:
         """The same weights, run this way.
 
         Raises:
@@ -82,12 +82,12 @@ class Mode:
         )
 
 
-def default_modes(model: Qwen2Model) -> list[str]:
+def default_modes(model: Decoder) -> list[str]:
     """The modes that a model can run, without coverage and int8."""
     names = ["rope", *["dca"] * (model.config.dual_chunk is not None)]
     return names + [f"{names[-1]}+sparse"] * _has_budgets(model)
 
 
-def _has_budgets(model: Qwen2Model) -> bool:
+def _has_budgets(model: Decoder) -> bool:
     """A model that was loaded with a coverage has given up its own."""
     return model.config.sparse is not None and model.config.sparse.coverage is None

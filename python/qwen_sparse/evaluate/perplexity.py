@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..arguments import check_integer
 from ..likelihood import LOGIT_ROWS, last_hidden, of_logits
 from ..memory import default_chunk_tokens
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..models.stats import ForwardStats
 from ..prefill import prefill, token_tensor
 from .modes import Mode
@@ -47,7 +47,7 @@ _FEWEST_ROWS = 64  # a prefill chunk of fewer rows would leave the choice of spa
 class Predictions:
     """What a model predicts of n consecutive tokens, kept as hidden states."""
 
-    model: Qwen2Model
+    model: Decoder
     first: Tensor
     """float32 ``[0 or 1, vocab]``: logits of the first token, where they were made apart."""
     hidden: Tensor
@@ -105,7 +105,7 @@ def divergence(reference: Predictions, other: Predictions) -> Divergence:
     return Divergence(kl / len(reference.targets), same / len(reference.targets))
 
 
-def predict_tail(model: Qwen2Model, tokens: Sequence[int], tail: int) -> Predictions:
+def predict_tail(model: Decoder, tokens: Sequence[int], tail: int) -> Predictions:
     """Of the last ``tail`` of these tokens (fewer than all), which are prefilled as one prompt."""
     prompt, stats = token_tensor(model, tokens), ForwardStats(model.device)
     hidden = last_hidden(
@@ -122,7 +122,7 @@ def predict_tail(model: Qwen2Model, tokens: Sequence[int], tail: int) -> Predict
     return Predictions(model, none, rows, prompt[-tail:], stats.attended_pairs / stats.causal_pairs)
 
 
-def predict_window(model: Qwen2Model, tokens: Sequence[int], window: int) -> Predictions:
+def predict_window(model: Decoder, tokens: Sequence[int], window: int) -> Predictions:
     """Of the last ``window`` of these tokens, which run as a prefill chunk of their own behind that of the others."""
     context, stats = len(tokens) - window, ForwardStats(model.device)
     before = prefill(model, tokens[:context])
@@ -143,7 +143,7 @@ def predict_window(model: Qwen2Model, tokens: Sequence[int], window: int) -> Pre
 
 
 def evaluate_perplexity(
-    model: Qwen2Model,
+    model: Decoder,
     text: str,
     modes: Sequence[str],
     lengths: Sequence[int],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..arguments import check_integer
 from ..generate import generate
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..passkey import HEADER, draw_key, question, statement
 from ..prefill import prefill
 from ..tokenizer import Tokenizer
@@ -171,7 +171,7 @@ class _Read:
     answer_seconds: float
 
 
-def _read(model: Qwen2Model, text: ProbedText) -> _Read:
+def _read(model: Decoder, text: ProbedText) -> _Read:
     cache = model.new_cache(text.size)
     stats = prefill(model, text.tokens, cache=cache).stats
     end, outputs, began = cache.seqlen, [], time.perf_counter()
@@ -184,7 +184,7 @@ def _read(model: Qwen2Model, text: ProbedText) -> _Read:
 
 
 def evaluate_probes(
-    model: Qwen2Model,
+    model: Decoder,
     probes: int,
     modes: Sequence[str],
     lengths: Sequence[int],

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..calibrate import measure_budgets, synthetic_tokens
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from .modes import Mode, default_modes
 from .run import check_lengths
 
 __all__ = ["evaluate_recall", "sparse_modes"]
 
 
-def sparse_modes(model: Qwen2Model) -> list[str]:
+def sparse_modes(model: Decoder) -> list[str]:
     """Of the default modes, those that recall is measured of.
 
     Raises:
@@ -26,7 +26,7 @@ def sparse_modes(model: Qwen2Model) -> list[str]:
 
 
 def evaluate_recall(
-    model: Qwen2Model,
+    model: Decoder,
     text: str | None,
     modes: Sequence[str],
     lengths: Sequence[int],

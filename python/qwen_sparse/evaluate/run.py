@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..generate import generate
 from ..memory import default_chunk_tokens
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..prefill import check_request, prefill
 from .modes import Mode
 from .prompts import Prompt, Task, make_prompt
@@ -39,7 +39,7 @@ class Answer:
     """Bytes resident in the process (on a GPU: taken by tensors) at the prefill's peak."""
 
 
-def answer(model: Qwen2Model, tokens: Sequence[int], max_new_tokens: int, *, progress: bool = False) -> Answer:
+def answer(model: Decoder, tokens: Sequence[int], max_new_tokens: int, *, progress: bool = False) -> Answer:
     """The model's most likely continuation, to its end token or ``max_new_tokens`` (>= 1)."""
     begin = time.perf_counter()
     result = prefill(model, tokens, progress=progress)
@@ -56,7 +56,7 @@ def answer(model: Qwen2Model, tokens: Sequence[int], max_new_tokens: int, *, pro
     )
 
 
-def check_lengths(runners: Sequence[Qwen2Model], lengths: Sequence[int]) -> None:
+def check_lengths(runners: Sequence[Decoder], lengths: Sequence[int]) -> None:
     """Refuse what cannot work, before hours of work.
 
     Raises:
@@ -70,7 +70,7 @@ def check_lengths(runners: Sequence[Qwen2Model], lengths: Sequence[int]) -> None
 
 
 def evaluate_tasks(
-    model: Qwen2Model,
+    model: Decoder,
     tasks: Sequence[Task],
     modes: Sequence[str],
     lengths: Sequence[int],

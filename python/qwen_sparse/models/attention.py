@@ -17,7 +17,16 @@ from ..config import SparseConfig
 from ..coverage import select_by_coverage
 from .stats import ForwardStats
 
-__all__ = ["CONTINUATION_ROWS", "Indexes", "Queries", "attend", "causal_pairs", "dense_rows", "rows_of_last_block"]
+__all__ = [
+    "CONTINUATION_ROWS",
+    "Indexes",
+    "Queries",
+    "attend",
+    "causal_pairs",
+    "dense_rows",
+    "rows_of_last_block",
+    "window_pairs",
+]
 
 CONTINUATION_ROWS = 512
 """Up to this many rows behind a cache are dense: questions about what was cached, whose rows are read."""
@@ -102,10 +111,11 @@ class Queries:
         )
         return Indexes(groups=groups, kept=kept)
 
-    def attend_dense(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output like ``q`` and log-sum-exp, float32 ``[n, num_heads]``, over all keys."""
+    def attend_dense(self, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Output like ``q`` and log-sum-exp, float32 ``[n, num_heads]``, over all keys, or the last ``window`` of each
+        row (not under Dual Chunk Attention)."""
         if self.chunk_len is None:
-            out, lse = _ops.attention(self.q, k, v, scale, True, None)
+            out, lse = _ops.attention(self.q, k, v, scale, True, window)
         else:
             out, lse, _ = _ops.dual_chunk_attention(
                 self.q, self.q_succ, self.q_inter, k, v, self.chunk_len, None, None, None, scale
@@ -204,3 +214,9 @@ def attend(
 def causal_pairs(rows: int, num_keys: int) -> int:
     """(row, key) pairs of the last rows of a sequence and the keys up to each."""
     return rows * (2 * num_keys - rows + 1) // 2
+
+
+def window_pairs(rows: int, num_keys: int, window: int) -> int:
+    """The same where a row meets its last ``window`` keys, its own included."""
+    growing = min(rows, max(0, window - (num_keys - rows)))  # rows with fewer keys before them than the window holds
+    return causal_pairs(growing, num_keys - rows + growing) + (rows - growing) * window

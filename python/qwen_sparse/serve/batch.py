@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..decoding import StepGraph
 from ..kv_cache import KVPool, PagedKVCache
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 
 __all__ = ["DecodeBatch"]
 
@@ -29,7 +29,7 @@ class DecodeBatch:
         padding_page: a page that no sequence uses, for CUDA graphs; None: without them.
     """
 
-    def __init__(self, model: Qwen2Model, pool: KVPool, max_pages: int, padding_page: int | None) -> None:
+    def __init__(self, model: Decoder, pool: KVPool, max_pages: int, padding_page: int | None) -> None:
         self._model, self._pool, self._max_pages, self._padding_page = model, pool, max_pages, padding_page
         self._shapes: dict[int, _Captured] = {}
         self._table = torch.empty(0)
@@ -99,7 +99,7 @@ class _Captured:
     """What ``table`` was made of."""
 
     @classmethod
-    def empty(cls, size: int, max_pages: int, model: Qwen2Model, padding_page: int) -> _Captured:
+    def empty(cls, size: int, max_pages: int, model: Decoder, padding_page: int) -> _Captured:
         ids, seqlens = (torch.zeros(size, dtype=torch.int64, device=model.device) for _ in range(2))
         table = torch.full((size, max_pages), padding_page, dtype=torch.int32, device=model.device)
         return cls(ids, seqlens, table, StepGraph(model.device))

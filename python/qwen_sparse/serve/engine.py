@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import PAGE_SIZE
 from ..kv_cache import PagedKVCache
 from ..memory import available_memory, default_chunk_tokens, format_bytes
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..prefill import chunk_ends, token_tensor
 from .batch import DecodeBatch
 from .pages import PageAllocator
@@ -81,7 +81,7 @@ class Engine:
         FileNotFoundError: the model has no tokenizer.
     """
 
-    def __init__(self, model: Qwen2Model, options: EngineOptions) -> None:
+    def __init__(self, model: Decoder, options: EngineOptions) -> None:
         self.model = model
         self.options = options
         self.max_model_len = options.length_for(model.config, model.max_seq_len)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..generate import StopStrings
 from ..kv_cache import PagedKVCache
-from ..models.qwen2 import Qwen2Model
+from ..models.decoder import Decoder
 from ..models.stats import ForwardStats
 from ..tokenizer import StreamDecoder
 from .pages import page_digests
@@ -36,7 +36,7 @@ class Sequence:
         request: GenerationRequest,
         max_new_tokens: int,
         listener: Callable[[Event], None],
-        model: Qwen2Model,
+        model: Decoder,
     ) -> None:
         self.request = request
         self.max_new_tokens = max_new_tokens

@@ -15,7 +15,7 @@ from .. import ops, rope
 from ..config import DualChunkConfig
 from ..kv_cache import LayerPages
 from ..models.attention import Queries, attend
-from ..models.qwen2 import DECODE_ROWS
+from ..models.decoder import DECODE_ROWS
 from .backend import split_cache
 from .metadata import DualChunkMetadata, Prefill
 from .projection import key_bias

@@ -1,9 +1,10 @@
-"""The Qwen2 decoder: weights as plain tensors, and a forward pass for one prefill chunk or decode step.
+"""The decoder of every architecture: weights as plain tensors, and a forward pass for a prefill chunk or decode step.
 
-``Qwen2Model.forward`` takes the next tokens of the one sequence in a cache; ``Qwen2Model.decode_step`` takes one
-token of each sequence of a batch and depends on tensors of the device only, so that a CUDA graph can hold it. Both
-run the same layers: normalise, project (q, k, v fused), rotate, write K and V to the cache, read all keys back,
-attend, project, and the MLP (gate and up fused).
+What architectures differ in are parts that a config has or has not (:mod:`qwen_sparse.architectures`).
+``Decoder.forward`` takes the next tokens of the one sequence in a cache; ``Decoder.decode_step`` takes one token of
+each sequence of a batch and depends on tensors of the device only, so that a CUDA graph can hold it. Both run the
+same layers: normalise, project (q, k, v fused), normalise heads, rotate, write K and V to the cache, read all keys
+back, attend, project, and the MLP (gate and up fused) or experts.
 
 Which attention runs:
 
@@ -11,13 +12,13 @@ Which attention runs:
   there), else the three rotations of Dual Chunk Attention (arXiv 2402.17463);
 - keys: for a sparse prefill, by the config, block groups (chosen per head and 64 rows, :mod:`qwen_sparse.coverage`)
   or vertical-slash attention (chosen per head and prefill chunk, MInference, arXiv 2407.02490), but for the prompt's
-  last block, whose rows are read; else all. Up to 16 dense rows read the cache's pages directly, more read its
-  workspace.
+  last block, whose rows are read; else all, or the window of a layer that has one. Up to 16 dense rows read the
+  cache's pages directly, more read its workspace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -34,16 +35,17 @@ from ..config import ModelConfig
 from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
 from ..memory import available_memory, format_bytes, kv_cache_bytes
 from ..tokenizer import Tokenizer
-from .attention import CONTINUATION_ROWS, Queries, attend, causal_pairs, rows_of_last_block
-from .linear import gated_mlp, linear
+from .attention import CONTINUATION_ROWS, Queries, attend, causal_pairs, rows_of_last_block, window_pairs
+from .linear import linear
+from .mlp import ExpertWeights, Mlp
 from .stats import ForwardStats
 
 __all__ = [
     "AttentionMode",
+    "Decoder",
+    "DecoderWeights",
     "LayerWeights",
     "Output",
-    "Qwen2Model",
-    "Qwen2Weights",
     "check_coverage",
 ]
 
@@ -62,6 +64,9 @@ _SHAPES = (
     "head_dim",
     "tie_word_embeddings",
     "attention_bias",
+    "output_bias",
+    "qk_norm",
+    "experts",
 )
 """Fields of a config that the shapes of weights follow from."""
 
@@ -78,17 +83,18 @@ class LayerWeights:
     qkv: Tensor
     """``[(num_heads + 2 num_kv_heads) head_dim, hidden]``: rows of q, then k, then v."""
     qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    """``[head_dim]``, of every query head; None where heads are not normalised."""
+    k_norm: Tensor | None
     o: Tensor
     """``[hidden, num_heads head_dim]``."""
+    o_bias: Tensor | None
     post_attention_norm: Tensor
-    gate_up: Tensor
-    """``[2 intermediate, hidden]``: rows of gate, then up."""
-    down: Tensor
-    """``[hidden, intermediate]``."""
+    mlp: Mlp | ExpertWeights
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Qwen2Weights:
+class DecoderWeights:
     """All weights; ``lm_head`` is the embedding itself when they are tied."""
 
     embedding: Tensor
@@ -101,9 +107,23 @@ class Qwen2Weights:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights; tied embeddings count once."""
-        tensors = [self.embedding, self.norm, self.lm_head]
-        tensors += [tensor for layer in self.layers for tensor in vars(layer).values() if tensor is not None]
-        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Each tensor once, layers in their order."""
+        seen = set()
+        for tensor in _tensors((self.embedding, *self.layers, self.norm, self.lm_head)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def _tensors(parts: Iterable[object]) -> Iterator[Tensor]:
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, LayerWeights | Mlp | ExpertWeights):
+            yield from _tensors(vars(part).values())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,11 +157,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _inference(method: Callable[Concatenate[Qwen2Model, P], T]) -> Callable[Concatenate[Qwen2Model, P], T]:
+def _inference(method: Callable[Concatenate[Decoder, P], T]) -> Callable[Concatenate[Decoder, P], T]:
     """No gradients, and the model's own dtype where the caller has autocast on: caches and kernels take that alone."""
 
     @wraps(method)
-    def run(self: Qwen2Model, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(self: Decoder, /, *args: P.args, **kwargs: P.kwargs) -> T:
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with torch.inference_mode(), autocast:
@@ -157,11 +177,11 @@ def check_coverage(attention: AttentionMode, coverage: float | None) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Qwen2Model:
+class Decoder:
     """A loaded model; :func:`qwen_sparse.load_model` makes one. It equals itself only."""
 
     config: ModelConfig
-    weights: Qwen2Weights
+    weights: DecoderWeights
     dtype: torch.dtype
     """Of weights and activations."""
     device: torch.device
@@ -190,7 +210,7 @@ class Qwen2Model:
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"Qwen2Model({str(self.path) if self.path else None!r}, num_layers={self.config.num_layers}, {dtype} on "
+            f"Decoder({str(self.path) if self.path else None!r}, num_layers={self.config.num_layers}, {dtype} on "
             f"{self.device}, weights {format_bytes(self.weights.nbytes)}, kv_cache_dtype={self.kv_cache_dtype!r}, "
             f"max_seq_len={self.max_seq_len}, attention={self.attention!r})"
         )
@@ -202,7 +222,7 @@ class Qwen2Model:
         kv_cache_dtype: str | None = None,
         config: ModelConfig | None = None,
         coverage: float | None = None,
-    ) -> Qwen2Model:
+    ) -> Decoder:
         """The same weights with another attention, cache dtype, config or coverage.
 
         ``config`` may differ in what does not shape the weights: rotary embedding, Dual Chunk Attention, budgets.
@@ -478,9 +498,9 @@ class Qwen2Model:
         attended = self._attend(layer, rotated, rows, step)
         stats.sample_memory()
         del q, k, v, rotated  # the MLP's activations take their place
-        hidden = hidden[-rows:] + linear(attended.flatten(1), weights.o)
+        hidden = hidden[-rows:] + linear(attended.flatten(1), weights.o, weights.o_bias)
         normed = _rms_norm(hidden, weights.post_attention_norm, self.config.rms_norm_eps)
-        hidden += gated_mlp(normed, weights.gate_up, weights.down)
+        hidden += weights.mlp(normed)
         stats.sample_memory()
         stats.lap("linear")
         return hidden
@@ -491,6 +511,9 @@ class Qwen2Model:
         normed = _rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
         qkv = linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_dim)
         q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q = _rms_norm(q, weights.q_norm, config.rms_norm_eps)
+            k = _rms_norm(k, weights.k_norm, config.rms_norm_eps)
         return q, k, v
 
     def _rotate(
@@ -516,11 +539,12 @@ class Qwen2Model:
 
     def _attend(self, layer: int, q: Queries, rows: int, step: _Step) -> Tensor:
         """Attention output ``[rows, num_heads, head_dim]`` of the last rows over everything cached."""
-        stats, cache, num_keys = step.stats, step.cache, step.num_keys
+        stats, cache, num_keys, window = step.stats, step.cache, step.num_keys, self.config.window(layer)
         if cache is None:
             return self._attend_pages(layer, q, step)
         pairs = causal_pairs(rows, num_keys) * self.config.num_heads
-        if step.sparse and rows > step.dense_rows:
+        attended = pairs if window is None else window_pairs(rows, num_keys, window) * self.config.num_heads
+        if step.sparse and rows > step.dense_rows and window is None:
             sparse = self.config.sparse
             if sparse is None:
                 raise ValueError("forward: sparse needs budgets or a coverage, and this model has neither")
@@ -529,14 +553,14 @@ class Qwen2Model:
             out = attend(q, k, v, step.scale, sparse.of_layer(layer), step.dense_rows, rows=rows, stats=stats)
         elif rows <= DECODE_ROWS and step.lse is None:
             out = self._attend_pages(layer, q.last(rows), step)
-            stats.count(pairs, pairs)
+            stats.count(attended, pairs)
         else:
             k, v = cache.workspace(layer, num_keys)
             stats.lap("cache")
-            out, lse = q.last(rows).attend_dense(k, v, step.scale)
+            out, lse = q.last(rows).attend_dense(k, v, step.scale, window)
             if step.lse is not None:
                 step.lse.copy_(lse)
-            stats.count(pairs, pairs)
+            stats.count(attended, pairs)
         stats.lap("attention")
         return out
 
@@ -559,6 +583,7 @@ class Qwen2Model:
             q_succ=None if q.q_succ is None else by_sequence(q.q_succ),
             q_inter=None if q.q_inter is None else by_sequence(q.q_inter),
             chunk_len=q.chunk_len,
+            window=self.config.window(layer),
             softmax_scale=step.scale,
             scale_factors=step.scale_factors,
             **step.pool.bias_arguments(layer),
@@ -567,8 +592,8 @@ class Qwen2Model:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32, rounded to the model's dtype before the weight (as transformers does)."""
-    out = torch.empty_like(x)
+    """RMSNorm over the last dimension in float32, rounded to x's dtype before the weight (as transformers does)."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     at_once = _NORM_ROWS[x.device.type]
     for rows, target in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
         wide = rows.float()
