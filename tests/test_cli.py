@@ -275,6 +275,37 @@ def test_memory_defaults_to_what_the_model_is_for(
     assert max(contexts(write_checkpoint("plain", max_position_embeddings=32768))) == 32768
 
 
+def test_no_command_reads_more_than_the_model(
+    write_checkpoint: WriteCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YaRN by a model card: max_position_embeddings stays, and the factor says what is read."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    path = str(write_checkpoint(tokenizer=True, rope_scaling=yarn))
+    generate = ["generate", "--model", path, "--prompt", "x", "--max-new-tokens", "1", "--no-progress"]
+    for command in (
+        [*generate, "--max-seq-len"],
+        ["chat", "--model", path, "--max-seq-len"],
+        ["memory", "--model", path, "--context"],
+        ["serve", "--model", path, "--port", "0", "--max-model-len"],
+    ):
+        assert main([*command, "16385"]) == 2
+        assert "must be at most 16384, the tokens that this model reads" in capsys.readouterr().err
+    assert main([*generate, "--max-seq-len", "16384"]) == 0
+    assert main(["memory", "--model", path, "--context", "16384"]) == 0
+
+
+def test_config_is_chosen_by_name(write_checkpoint: WriteCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_checkpoint(tokenizer=True)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config_1m.json").write_text(json.dumps({**raw, "dual_chunk_attention_config": DUAL_CHUNK}))
+    assert main(["memory", "--model", str(path), "--context", "1000000"]) == 2
+    assert main(["memory", "--model", str(path), "--context", "1000000", "--config", "config_1m.json"]) == 0
+    capsys.readouterr()
+    options = ["--prompt", "x", "--max-new-tokens", "1", "--no-progress", "--max-seq-len", "100000"]
+    assert main(["generate", "--model", str(path), *options]) == 2
+    assert main(["generate", "--model", str(path), *options, "--config", "config_1m.json"]) == 0
+
+
 def test_demo_is_dispatched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo = types.ModuleType("qwen_sparse.demo")
 

@@ -133,7 +133,10 @@ MOE = {
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights are not supported, got 'gptq'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type must be 'default' or 'yarn', got 'linear'"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor is missing"),
-        ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "unsupported keys mrope_section"),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [1]}},
+            r"mrope_section must be absent: multimodal rotary embedding \(mrope\) .*got .1.",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ({"partial_rotary_factor": True}, "config.json: partial_rotary_factor must be a finite number > 0, got True"),
         ({"rope_theta": -1.0}, "config.json: rope_theta must be a finite number > 1, got -1.0"),
@@ -225,7 +228,7 @@ def test_budgets() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"0": {}}, r"must be a list with one entry per layer \(2\), got a dict"),
+        ({"0": {}}, 'must have keys "0" to "1", one per layer, got keys 0'),
         (budgets(TINY, 1, 1)[:1], r"one entry per layer \(2\), got 1 entries"),
         ([{"0": ["vertical_and_slash", 1, 1, 1.0]}] * 2, 'layer 0 must be an object with keys "0" to "1"'),
         ([[1, 2], [1, 2]], "layer 0 must be an object"),
@@ -321,3 +324,50 @@ def test_published_budgets(name: str, num_layers: int, num_heads: int) -> None:
             assert sparse.vertical_sizes[layer][head] == (130 if vertical == 30 else vertical)
             assert sparse.slash_sizes[layer][head] == slash
     assert min(min(layer) for layer in sparse.vertical_sizes) == 100
+
+
+def test_another_file_than_config_json(tmp_path: Path) -> None:
+    """Qwen3-2507's config_1m.json: by its name or any path."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    long = {**TINY, "max_position_embeddings": 1010000, "dual_chunk_attention_config": DUAL_CHUNK}
+    for file in (tmp_path / "config_1m.json", tmp_path / "elsewhere" / "long.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(long))
+    assert ModelConfig.from_directory(tmp_path).dual_chunk is None
+    for named in ("config_1m.json", tmp_path / "elsewhere" / "long.json"):
+        assert ModelConfig.from_directory(tmp_path, config=named).max_position_embeddings == 1010000
+    with pytest.raises(FileNotFoundError, match=r"config must be a file in .* or the path of one, got 'other.json'"):
+        ModelConfig.from_directory(tmp_path, config="other.json")
+
+
+def test_budgets_by_layer_as_an_object() -> None:
+    listed = budgets(TINY, 100, 200)
+    raw = {**TINY, "dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_config": listed}}
+    by_layer = {str(layer): heads for layer, heads in enumerate(listed)}
+    keyed = {**TINY, "dual_chunk_attention_config": {**DUAL_CHUNK, "sparse_attention_config": by_layer}}
+    assert ModelConfig.from_dict(keyed).sparse == ModelConfig.from_dict(raw).sparse
+    with pytest.raises(
+        ValueError, match=r'sparse_attention_config must have keys "0" to "1", one per layer, got keys 1'
+    ):
+        SparseConfig.from_budgets({"1": by_layer["1"]}, num_layers=2, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "longest"),
+    [
+        ({}, 4096),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"dual_chunk_attention_config": DUAL_CHUNK}, None),
+    ],
+)
+def test_longest(overrides: dict[str, Any], longest: int | None) -> None:
+    """Model cards ask for YaRN by a factor, and leave max_position_embeddings as it was."""
+    config = ModelConfig.from_dict({**TINY, **overrides})
+    assert config.longest == longest
+    config.check_length("length", 4096)
+    if longest is None:
+        config.check_length("length", 10**6)
+    else:
+        with pytest.raises(ValueError, match=rf"length must be at most {longest}, .*got {longest + 1}"):
+            config.check_length("length", longest + 1)

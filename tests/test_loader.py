@@ -191,6 +191,52 @@ def test_missing_files(write_checkpoint: WriteCheckpoint, tmp_path: Path) -> Non
         load_model(directory)
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 988097824\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_lfs_pointers(name: str, write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    (directory / name).write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer, .*: run 'git lfs pull' in {directory}"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "pytorch_model-00001-of-00002.bin",
+            "-00001-of-00002.bin holds pickled weights, .*save_pretrained",
+        ),
+        ("model-q4_k_m.gguf", "there is model-q4_k_m.gguf: GGUF is not read"),
+        ("model.safetensors.incomplete", "model.safetensors.incomplete: the download did not finish"),
+    ],
+)
+def test_other_weights(name: str, message: str, write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(FileNotFoundError, match=f"neither model.safetensors nor .*{message}"):
+        load_model(directory)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "qwen2.5.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(FileNotFoundError, match=r"qwen2.5.gguf is a file: GGUF files are not read; give the directory"):
+        load_model(file)
+
+
+def test_another_config(write_checkpoint: WriteCheckpoint) -> None:
+    directory = write_checkpoint()
+    long = {**TINY, "dual_chunk_attention_config": DUAL_CHUNK}
+    (directory / "config_1m.json").write_text(json.dumps(long))
+    model = load_model(directory, config="config_1m.json")
+    assert model.config.dual_chunk is not None
+    assert model.max_seq_len is None
+    assert load_config(directory, config="config_1m.json") == model.config
+
+
 def test_cut_off_file(write_checkpoint: WriteCheckpoint) -> None:
     file = write_checkpoint() / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -309,6 +309,12 @@ def test_defaults_are_openai_s_or_the_checkpoint_s(tmp_path: Path) -> None:
     qwen = SamplingDefaults.from_directory(tmp_path)
     assert qwen.sampler(parse_chat()) == Sampler(0.7, 0.8, 20, 1.05, None)
     assert qwen.sampler(parse_chat(temperature=0, top_k=0, top_p=1, repetition_penalty=1)) == Sampler(0, 1, 0, 1)
+    assert SamplingDefaults.ignored(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(
+        '{"top_k": -1, "presence_penalty": 1.5, "min_p": 0.0, "num_beams": 1, "max_new_tokens": 2048}'
+    )
+    assert SamplingDefaults.from_directory(tmp_path).top_k == 0
+    assert SamplingDefaults.ignored(tmp_path) == {"presence_penalty": 1.5, "max_new_tokens": 2048}
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be in \(0, 1\], got 7"):
         SamplingDefaults.from_directory(tmp_path)

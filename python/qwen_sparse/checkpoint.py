@@ -47,6 +47,10 @@ def parse_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file: run 'git lfs pull' in {path.parent}"
+            ) from error
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -74,7 +78,36 @@ def weight_files(directory: Path) -> list[Path]:
         return files
     if single.is_file():
         return [single]
-    raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json in {directory}")
+    raise FileNotFoundError(
+        f"neither model.safetensors nor model.safetensors.index.json in {directory}" + _other_weights(directory)
+    )
+
+
+def _other_weights(directory: Path) -> str:
+    """What to do about weights of another kind that are there instead."""
+    names = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        return (
+            f"; {pickles[0]} holds pickled weights, which are not read: save them with "
+            "transformers' save_pretrained, or take the revision of the hub that has safetensors"
+        )
+    for kind in (".gguf", ".part", ".incomplete"):
+        found = [name for name in names if name.endswith(kind)]
+        if found:
+            why = "GGUF is not read" if kind == ".gguf" else "the download did not finish"
+            return f"; there is {found[0]}: {why}"
+    return ""
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what git-lfs puts in place of one that was not downloaded."""
+    with file.open("rb") as stream:
+        return stream.read(_POINTER_BYTES).startswith(_LFS_POINTER)
 
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
@@ -91,6 +124,10 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
                     header = tensors.get_slice(name)
                     stored[name] = StoredTensor(file, tuple(header.get_shape()), str(header.get_dtype()))
         except SafetensorError as error:
+            if is_lfs_pointer(file):
+                raise ValueError(
+                    f"{file} is a git-lfs pointer, not the weights: run 'git lfs pull' in {file.parent}"
+                ) from error
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     return stored
 

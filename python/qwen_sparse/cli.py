@@ -21,7 +21,7 @@ from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
 from .models.decoder import Decoder
-from .options import add_device, add_load_options, load, prepare
+from .options import add_config, add_device, add_load_options, load, prepare
 
 __all__ = ["main"]
 
@@ -226,6 +226,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar=("V", "S"),
         help=f"base pair; may be repeated ({', '.join(f'{v} {s}' for v, s in BASE_PAIRS)})",
     )
+    add_config(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
@@ -235,7 +236,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_calibrate(args: argparse.Namespace) -> int:
-    model = load_model(args.model, device=args.device, dtype=args.dtype, attention="dense")  # may have no budgets yet
+    model = load_model(  # may have no budgets yet
+        args.model, device=args.device, dtype=args.dtype, attention="dense", config=args.config
+    )
     if args.synthetic:
         check_length(model, args.length, chunk_tokens=args.chunk_tokens)
         tokens = synthetic_tokens(model, args.length, args.seed)
@@ -275,13 +278,16 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory (config.json is enough) or hub id")
     parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences in the cache (1)")
+    add_config(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
 
 
 def _run_memory(args: argparse.Namespace) -> int:
-    config = load_config(args.model)
+    config = load_config(args.model, config=args.config)
+    for context in args.context or ():
+        config.check_length("--context", context)
     dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
     config = replace(config, dtype=dtype)
     device = resolve_device(args.device, dtype, must_exist=False)  # for a machine that is still to be bought, too
@@ -305,8 +311,8 @@ def _run_memory(args: argparse.Namespace) -> int:
 
 
 def _contexts(config: ModelConfig) -> list[int]:
-    """Powers of four from 4096 to a million tokens with DCA, else to the longest position."""
-    longest = 2**20 if config.dual_chunk else config.max_position_embeddings
+    """Powers of four from 4096 to a million tokens with DCA, else to the longest prompt."""
+    longest = config.longest or 2**20
     contexts = [4096 * 4**power for power in range(10) if 4096 * 4**power < longest]
     return [*contexts, longest]
 

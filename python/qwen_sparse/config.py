@@ -96,6 +96,11 @@ class RopeConfig:
         scaling = value(raw, where, where, {})
         if not isinstance(scaling, Mapping):
             raise ValueError(f"{where} must be an object or null, got {scaling!r}")
+        if "mrope_section" in scaling:
+            raise ValueError(
+                f"{where}: mrope_section must be absent: multimodal rotary embedding (mrope) is of models that read "
+                f"images, which are not supported, got {scaling['mrope_section']!r}"
+            )
         refuse_unknown(scaling, _ROPE_KEYS, where)
         sources = [(scaling, where), (raw, "config.json")]
         theta_source = next((source for source in sources if source[0].get("rope_theta") is not None), sources[1])
@@ -254,7 +259,8 @@ class SparseConfig:
         threshold: int = 32768,
         last_q: int = 64,
     ) -> SparseConfig:
-        """From the published format: a list by layer of ``{"head": ["vertical_and_slash", V, S, score]}``.
+        """From the published format: a list by layer of ``{"head": ["vertical_and_slash", V, S, score]}``, or an object
+        of these by layer.
 
         V = 30 means 130, as served by vLLM: the forced columns come on top of it.
 
@@ -262,6 +268,13 @@ class SparseConfig:
             ValueError: anything else; the message names the layer and the head.
         """
         where = "sparse_attention_config"
+        if isinstance(budgets, Mapping):
+            if set(budgets) != {str(layer) for layer in range(num_layers)}:
+                raise ValueError(
+                    f'{where} must have keys "0" to "{num_layers - 1}", one per layer, got keys '
+                    f"{', '.join(map(str, budgets))}"
+                )
+            budgets = [budgets[str(layer)] for layer in range(num_layers)]
         if not isinstance(budgets, Sequence) or isinstance(budgets, str) or len(budgets) != num_layers:
             got = f"{len(budgets)} entries" if isinstance(budgets, list) else f"a {type(budgets).__name__}"
             raise ValueError(f"{where} must be a list with one entry per layer ({num_layers}), got {got}")
@@ -382,6 +395,31 @@ class ModelConfig:
                     f"got {heads} heads by layer"
                 )
 
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence that the model's rotations are made for; None: Dual Chunk Attention has no limit.
+
+        With YaRN as model cards ask for it, ``max_position_embeddings`` stays what it was: it is the larger of that and
+        ``factor`` times the original length.
+        """
+        if self.dual_chunk is not None:
+            return None
+        scaled = 0
+        if self.rope.factor is not None and self.rope.original_max_position_embeddings is not None:
+            scaled = int(self.rope.factor * self.rope.original_max_position_embeddings)
+        return max(self.max_position_embeddings, scaled)
+
+    def check_length(self, name: str, length: int) -> None:
+        """Raises:
+        ValueError: the model's rotations are not made for sequences of so many tokens; the message names ``name``.
+        """
+        if self.longest is not None and length > self.longest:
+            raise ValueError(
+                f"{name} must be at most {self.longest}, the tokens that this model reads by its config "
+                "(max_position_embeddings, or YaRN's factor times the original length; Dual Chunk Attention would read "
+                f"more), got {length}"
+            )
+
     def window(self, layer: int) -> int | None:
         """How many keys a row of the layer attends at most; None: all before it."""
         return self.windows[layer] if self.windows else None
@@ -454,23 +492,35 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> ModelConfig:
+    def from_directory(cls, path: str | Path, *, config: str | Path | None = None) -> ModelConfig:
         """From config.json, generation_config.json (its EOS tokens) and sparse_attention_config.json.
 
+        Args:
+            path: the checkpoint's directory.
+            config: another file than config.json: one in the directory by its name (Qwen3-2507 has config_1m.json), or
+                any by its path.
+
         Raises:
-            FileNotFoundError: there is no config.json.
+            FileNotFoundError: there is no config.json, or no such file.
             ValueError: a file is not JSON, or see :meth:`from_dict`.
         """
         path = Path(path)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {path}")
-        raw = read_json(path / "config.json")
+        file = path / ("config.json" if config is None else config)
+        if config is not None and not file.is_file():
+            file = Path(config)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no config.json in {path}"
+                if config is None
+                else f"config must be a file in {path} or the path of one, got {str(config)!r}"
+            )
+        raw = read_json(file)
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
             raw = {**raw, "dtype": weights_dtype(path)}
         generation, sparse = path / "generation_config.json", path / "sparse_attention_config.json"
-        config = cls.from_dict(raw, budgets=parse_json(sparse) if sparse.is_file() else None)
+        parsed = cls.from_dict(raw, budgets=parse_json(sparse) if sparse.is_file() else None)
         eos = _token_ids(read_json(generation), "eos_token_id", generation.name) if generation.is_file() else ()
-        return replace(config, eos_token_ids=eos or config.eos_token_ids)
+        return replace(parsed, eos_token_ids=eos or parsed.eos_token_ids)
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:

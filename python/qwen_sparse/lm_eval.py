@@ -58,8 +58,9 @@ class QwenSparseLM(TemplateLM):
 
     Args:
         pretrained: directory or hub id.
-        device, dtype, kv_cache_dtype, max_seq_len, attention, coverage: see :func:`qwen_sparse.load_model`. Longer
-            contexts lose their beginning, with a warning, as in the harness's other models.
+        device, dtype, kv_cache_dtype, max_seq_len, attention, coverage, config: see
+            :func:`qwen_sparse.load_model`. Longer contexts lose their beginning, with a warning, as in the harness's
+            other models.
         chunk_tokens: rows per prefill chunk; None: the device's default.
         max_gen_toks: most tokens of an answer, where a task does not say.
         prefix_token_id: what stands for an empty context and before a text's first token; None: the tokenizer's BOS or,
@@ -80,6 +81,7 @@ class QwenSparseLM(TemplateLM):
         max_seq_len: int | None = None,
         attention: AttentionMode = "auto",
         coverage: float | None = None,
+        config: str | None = None,
         chunk_tokens: int | None = None,
         max_gen_toks: int = 256,
         prefix_token_id: int | None = None,
@@ -97,6 +99,7 @@ class QwenSparseLM(TemplateLM):
             max_seq_len=max_seq_len,
             attention=attention,
             coverage=coverage,
+            config=config,
         )
         self.tokenizer = self.model.tokenizer
         self._device = self.model.device

@@ -36,6 +36,7 @@ def load_model(
     max_seq_len: int | None = None,
     attention: AttentionMode = "auto",
     coverage: float | None = None,
+    config: str | Path | None = None,
 ) -> Decoder:
     """Load a checkpoint of Qwen2, Qwen2.5, Qwen3 or one of their mixtures of experts
     (:data:`qwen_sparse.architectures.ARCHITECTURES`).
@@ -48,8 +49,9 @@ def load_model(
         dtype: "auto" (the checkpoint's: of config.json, or of the embedding where it has none), "bfloat16", "float16"
             or "float32".
         kv_cache_dtype: "auto" (the model's dtype), "bfloat16" or "int8".
-        max_seq_len: most tokens of a sequence. None: no limit but memory for models with Dual Chunk
-            Attention, which have no longest position; max_position_embeddings for others.
+        max_seq_len: most tokens of a sequence, also beyond what the model is made for. None: that, i.e. no limit but
+            memory for models with Dual Chunk Attention, and for others max_position_embeddings or, if that is more,
+            YaRN's factor times the original length (:attr:`qwen_sparse.config.ModelConfig.longest`).
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
             longer than their threshold; "dense" never; "sparse" always. "auto" needs budgets (or a coverage) where
             config.json says ``sparse_attention_enabled: true``, "sparse" always does. Rows that are read are dense in
@@ -57,6 +59,8 @@ def load_model(
         coverage: share of attention over all rows, in (0, 1), that sparse prefill is to keep by block groups, chosen
             per head and 64 rows (:mod:`qwen_sparse.coverage`); the checkpoint needs no budgets then, and its own are
             not used. None: vertical-slash attention by budgets.
+        config: a file to read instead of config.json: one beside it by its name (``"config_1m.json"`` of
+            Qwen3-2507), or any by its path.
 
     Raises:
         FileNotFoundError: there is no such directory, config or weight file.
@@ -68,35 +72,33 @@ def load_model(
         >>> result = prefill(model, model.tokenizer.encode("Hello"))
     """
     directory = resolve_directory(path)
-    config = ModelConfig.from_directory(directory)
+    settings = ModelConfig.from_directory(directory, config=config)
     check_coverage(attention, coverage)
     if coverage is not None:
-        config = config.with_coverage(coverage)
-    resolved_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
+        settings = settings.with_coverage(coverage)
+    resolved_dtype = settings.dtype if dtype == "auto" else parse_dtype(dtype)
     resolved_device = resolve_device(device, resolved_dtype)
-    if max_seq_len is None and config.dual_chunk is None:
-        max_seq_len = config.max_position_embeddings
     model = Decoder(  # no weights yet: every argument is checked before they are read
-        config=config,
-        weights=empty_weights(config, resolved_dtype, torch.device("meta")),
+        config=settings,
+        weights=empty_weights(settings, resolved_dtype, torch.device("meta")),
         dtype=resolved_dtype,
         device=resolved_device,
         kv_cache_dtype=kv_cache_dtype,
-        max_seq_len=max_seq_len,
+        max_seq_len=settings.longest if max_seq_len is None else max_seq_len,
         attention=attention,
         path=directory,
     )
-    return replace(model, weights=_load_weights(directory, config, resolved_dtype, resolved_device))
+    return replace(model, weights=_load_weights(directory, settings, resolved_dtype, resolved_device))
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The config alone, from a directory (weights may be absent) or a hub id.
+def load_config(path: str | Path, *, config: str | Path | None = None) -> ModelConfig:
+    """The config alone, from a directory (weights may be absent) or a hub id; ``config`` as of :func:`load_model`.
 
     Raises:
         FileNotFoundError: there is no such directory or no config.json.
         ValueError: an unsupported model.
     """
-    return ModelConfig.from_directory(resolve_directory(path, files=("*.json",)))
+    return ModelConfig.from_directory(resolve_directory(path, files=("*.json",)), config=config)
 
 
 def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) -> Path:
@@ -109,6 +111,12 @@ def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) 
     """
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).is_file():
+        kind = "GGUF files are not read; " if Path(path).suffix == ".gguf" else ""
+        raise FileNotFoundError(
+            f"a model is a directory with config.json and safetensors, and {path} is a file: {kind}give the directory "
+            "of a checkpoint in Hugging Face's format"
+        )
     if not isinstance(path, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         raise FileNotFoundError(f"no model directory at {path} (and it is not a hub id of the form 'owner/name')")
     try:

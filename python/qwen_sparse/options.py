@@ -7,10 +7,10 @@ import os
 
 import torch
 
-from .loader import load_model
+from .loader import load_config, load_model
 from .models.decoder import Decoder
 
-__all__ = ["add_device", "add_load_options", "load", "prepare"]
+__all__ = ["add_config", "add_device", "add_load_options", "load", "prepare"]
 
 _THREADS_PER_CPU = 4
 
@@ -21,6 +21,15 @@ def add_device(parser: argparse._ActionsContainer) -> None:
         "--device",
         default="auto",
         help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one and the dtype has 16 bits",
+    )
+
+
+def add_config(parser: argparse._ActionsContainer) -> None:
+    """--config."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="read this instead of config.json: a file beside it, such as config_1m.json of Qwen3-2507, or any path",
     )
 
 
@@ -37,6 +46,7 @@ def add_load_options(parser: argparse._ActionsContainer) -> None:
         help="sparse prefill with block groups (docs/block-groups.md), not by the checkpoint's vertical-slash budgets: "
         "the share of attention to keep over all rows, such as 0.95, as measured on released models",
     )
+    add_config(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
@@ -62,7 +72,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Decoder:
-    """The model of --model and the options of :func:`add_load_options`; see :func:`qwen_sparse.load_model`."""
+    """The model of --model and the options of :func:`add_load_options`; see :func:`qwen_sparse.load_model`.
+
+    Raises:
+        ValueError: ``max_seq_len`` is more than the model reads, or as ``load_model``.
+    """
+    if max_seq_len is not None:
+        load_config(args.model, config=args.config).check_length("--max-seq-len", max_seq_len)
     return load_model(
         args.model,
         device=args.device,
@@ -71,4 +87,5 @@ def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Decoder
         max_seq_len=max_seq_len,
         attention=args.attention or "auto",
         coverage=args.coverage,
+        config=args.config,
     )

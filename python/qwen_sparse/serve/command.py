@@ -136,11 +136,18 @@ def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:
     from .generation import SamplingDefaults
 
     directory = resolve_directory(args.model, files=("*.json", "*.jinja"))
-    config = ModelConfig.from_directory(directory)
+    config = ModelConfig.from_directory(directory, config=args.config)
     if args.coverage is not None:
         config = config.with_coverage(args.coverage)
     Tokenizer.from_directory(directory)
     SamplingDefaults.from_directory(directory)
+    if ignored := SamplingDefaults.ignored(directory):
+        values = ", ".join(f"{name} {value!r}" for name, value in ignored.items())
+        print(
+            f"qwen-sparse serve: warning: generation_config.json asks for {values}, which is not applied",
+            file=sys.stderr,
+            flush=True,
+        )
     dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
     device = resolve_device(args.device, dtype)
     plan_pages(

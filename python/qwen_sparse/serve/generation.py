@@ -50,6 +50,18 @@ LOWEST_TEMPERATURE = 0.01
 """What smaller ones count as, except 0; vLLM's bound."""
 
 
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "max_new_tokens": (None,),
+}
+"""Keys of generation_config.json that are not applied, and values that ask for nothing."""
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """What requests do not say: OpenAI's defaults, or those of the checkpoint's ``generation_config.json``."""
@@ -69,11 +81,20 @@ class SamplingDefaults:
         file = None if directory is None else directory / "generation_config.json"
         config = read_json(file) if file is not None and file.is_file() else {}
         given = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        if given.get("top_k") == -1:  # as some checkpoints and vLLM say: all
+            given["top_k"] = 0
         try:
             Sampler(**given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
         return cls(**given)
+
+    @staticmethod
+    def ignored(directory: Path) -> dict[str, Any]:
+        """What generation_config.json asks for and requests do not get, with its values."""
+        file = directory / "generation_config.json"
+        config = read_json(file) if file.is_file() else {}
+        return {name: config[name] for name, neutral in _IGNORED.items() if config.get(name) not in neutral}
 
     def sampler(self, parameters: ChatRequest | CompletionRequest) -> Sampler:
         """For one request."""

@@ -55,16 +55,18 @@ class EngineOptions:
         Raises:
             ValueError: it is longer than the model's.
         """
-        longest = config.max_position_embeddings if max_seq_len is None else max_seq_len
+        if max_seq_len is None:
+            if self.max_model_len is not None:
+                config.check_length("max_model_len", self.max_model_len)
+            longest = config.longest or config.max_position_embeddings
+        else:
+            longest = max_seq_len
+            if self.max_model_len is not None and self.max_model_len > longest:
+                raise ValueError(
+                    f"max_model_len must be at most {longest}, the model's max_seq_len, got {self.max_model_len}"
+                )
         if self.max_model_len is None:
             return longest
-        if self.max_model_len > longest and (max_seq_len is not None or config.dual_chunk is None):
-            rule = (
-                "what the model reads without Dual Chunk Attention"
-                if max_seq_len is None
-                else "the model's max_seq_len"
-            )
-            raise ValueError(f"max_model_len must be at most {longest}, {rule}, got {self.max_model_len}")
         return self.max_model_len
 
 
