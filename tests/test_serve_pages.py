@@ -200,7 +200,7 @@ def test_rules() -> None:
             EngineOptions(**{name: 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"memory_utilization must be in \(0, 1\], got 1.5"):
         EngineOptions(memory_utilization=1.5)
-    with pytest.raises(ValueError, match="at most 4096, the tokens that this model reads .*got 5000"):
+    with pytest.raises(ValueError, match=r"at most 4096, the tokens that this model reads .*got 5000"):
         plan(2**40, max_model_len=5000)
     assert EngineOptions(max_model_len=100).length_for(CONFIG) == 100
     assert EngineOptions().length_for(replace(CONFIG, max_position_embeddings=77)) == 77
