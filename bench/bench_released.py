@@ -14,7 +14,8 @@ Prompts beyond --trained tokens are read with each of --ropes: ``dca:CHUNK:LOCAL
 Parts: ``tail``, what the model predicts of the last tokens of a prompt: perplexity and, where ``dense`` is among the
 methods, KL and top token against it;
 ``recall``, what a method keeps of the attention of all rows and layers, with the hidden states of dense attention;
-``probes``, facts in one text that is prefilled once, asked for one by one.
+``probes``, facts in one text that is prefilled once, asked for one by one; ``decode``, the time of greedy decode steps
+behind the prompt, whatever the method.
 
 Rows that the output already holds are not measured again (--resume), so a run that was stopped goes on.
 """
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 
 import texts
-from qwen_sparse import load_model
+from qwen_sparse import load_model, prefill
 from qwen_sparse.calibrate import measure_budgets
 from qwen_sparse.config import DualChunkConfig, SparseConfig
 from qwen_sparse.evaluate import evaluate_probes
@@ -42,6 +43,7 @@ from qwen_sparse.evaluate.perplexity import Predictions, divergence
 from qwen_sparse.likelihood import last_hidden
 from qwen_sparse.memory import default_chunk_tokens
 from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.models.quantized import QUANTIZATIONS
 from qwen_sparse.models.stats import ForwardStats
 from report import add_device_argument, add_output_argument, finish, print_table, save
 
@@ -52,14 +54,17 @@ METHODS = [
     *(f"groups:{c}" for c in (0.8, 0.87, 0.92, 0.95)),
     *(f"vertical-slash:{b}" for b in ("500:700", "1000:1500", "2000:3000")),
 ]
-KEY = ("part", "text", "length", "rope", "method")
+KEY = ("part", "text", "length", "rope", "method", "quantization")
 PLAIN = "plain"
+PARTS = ["tail", "recall", "probes", "decode"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "build/released/qwen2.5-coder-0.5b", help="directory")
-    parser.add_argument("--parts", nargs="+", default=["tail", "recall"], choices=["tail", "recall", "probes"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["tail", "recall"], choices=["tail", "recall", "probes", "decode"]
+    )
     parser.add_argument("--texts", nargs="+", default=["code", "prose"], choices=list(TEXTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--methods", nargs="+", default=METHODS)
@@ -68,6 +73,8 @@ def main() -> None:
     parser.add_argument("--trained", type=int, default=32768, help="longest prompt of the model's own rotations")
     parser.add_argument("--ropes", nargs="+", default=["dca:24576:4096"], metavar="ROPE", help="of longer prompts")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "int8"])
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights")
+    parser.add_argument("--steps", type=int, default=32, help="of decode, after as many that are not timed")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds")
     add_device_argument(parser)
     add_output_argument(parser)
@@ -79,6 +86,7 @@ def main() -> None:
         dtype="bfloat16",
         kv_cache_dtype=arguments.kv_cache_dtype,
         max_seq_len=2**21,
+        quantization=arguments.quantization,
     )
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.resume and arguments.output.exists() else []
     done = {tuple(row[name] for name in KEY) for row in rows}
@@ -86,12 +94,14 @@ def main() -> None:
         rows.append({**row, "model": arguments.model.name, "python": texts.PYTHON})
         print(json.dumps({name: value for name, value in row.items() if name not in ("layers", "wrong")}), flush=True)
         save("released", arguments, rows)
-    print_table([*KEY, "density", "perplexity", "KL", "same top", "recall", "found"], [cells(row) for row in rows])
+    columns = ["density", "perplexity", "KL", "same top", "recall", "found", "tokens/s"]
+    print_table([*KEY, *columns], [cells(row) for row in rows])
     finish("released", arguments, rows)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     formats = {"density": ".1%", "perplexity": ".3f", "kl": ".4f", "same_top": ".1%", "recall": ".3f", "found": "d"}
+    formats["tokens_per_second"] = ".1f"
     return [*(str(row[name]) for name in KEY), *(format(row[n], f) if n in row else "" for n, f in formats.items())]
 
 
@@ -105,11 +115,12 @@ def measured(model: Decoder, arguments: argparse.Namespace, done: set[tuple[Any,
         for rope, part in itertools.product(
             [PLAIN] if length <= arguments.trained else arguments.ropes, arguments.parts
         ):
-            missing = [m for m in arguments.methods if (part, text, length, rope, m) not in done]
+            own = arguments.quantization
+            missing = [m for m in arguments.methods if (part, text, length, rope, m, own) not in done]
             if missing:
-                of_part = {"tail": tails, "recall": recalls, "probes": probes}[part]
+                of_part = {"tail": tails, "recall": recalls, "probes": probes, "decode": decodes}[part]
                 for row in of_part(with_rope(model, rope, length, arguments), text, tokens, missing, arguments):
-                    yield {"part": part, "text": text, "length": length, "rope": rope, **row}
+                    yield {"part": part, "text": text, "length": length, "rope": rope, "quantization": own, **row}
 
 
 def with_rope(model: Decoder, rope: str, length: int, arguments: argparse.Namespace) -> Decoder:
@@ -198,6 +209,31 @@ def recalls(
             "recall": found.recall,
             "lowest_recall": min(map(min, by_layer)),
             "layers": [sum(layer) / len(layer) for layer in by_layer],
+        }
+
+
+def decodes(
+    model: Decoder, text: str, tokens: list[int], methods: list[str], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Seconds of a step, and the bytes of weights that it reads."""
+    for method in methods:
+        cache = prefill(by_method(model, method), tokens).cache
+        steps = []
+        for _ in range(2 * arguments.steps):
+            began = time.perf_counter()
+            next_tokens = torch.tensor(tokens[-1:], device=model.device)
+            logits = model.forward(next_tokens, cache)
+            assert logits is not None
+            tokens = [*tokens, int(logits.argmax())]
+            steps.append(time.perf_counter() - began)
+        timed = sorted(steps[arguments.steps :])
+        yield {
+            "method": method,
+            "seconds": timed[len(timed) // 2],
+            "tokens_per_second": 1 / timed[len(timed) // 2],
+            "p10": timed[len(timed) // 10],
+            "p90": timed[-1 - len(timed) // 10],
+            "weight_bytes": model.weights.nbytes,
         }
 
 

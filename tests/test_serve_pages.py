@@ -137,7 +137,7 @@ TestUsers.settings = settings(max_examples=100, deadline=None)
 # --- The plan ---
 
 
-def plan(available: int | None, weights_loaded: bool = True, config: ModelConfig = CONFIG, **options: Any) -> int:
+def plan(available: int | None, weights: int = 0, config: ModelConfig = CONFIG, **options: Any) -> int:
     engine_options = EngineOptions(**options)
     return plan_pages(
         config,
@@ -147,7 +147,7 @@ def plan(available: int | None, weights_loaded: bool = True, config: ModelConfig
         kv_cache_dtype="auto",
         dtype=torch.float32,
         device=CPU,
-        weights_loaded=weights_loaded,
+        weights=weights,
     )
 
 
@@ -170,7 +170,7 @@ def test_what_is_left_becomes_pages() -> None:
     assert plan(budget, memory_utilization=1.0) == 50
     assert plan(2 * budget, memory_utilization=0.5) == 50
     weights = estimate_memory(CONFIG, 4096, dtype=torch.float32).weights
-    assert plan(budget + weights, memory_utilization=1.0, weights_loaded=False) == 50
+    assert plan(budget + weights, memory_utilization=1.0, weights=weights) == 50
     assert plan(2**50) == 32 * 16  # no more than all sequences can use
     assert plan(None, max_num_seqs=3) == 32 * 3
 

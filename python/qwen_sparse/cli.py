@@ -21,7 +21,7 @@ from .generate import generate_text, truncate_prompt
 from .loader import load_config, load_model, resolve_device
 from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
 from .models.decoder import Decoder
-from .options import add_config, add_device, add_load_options, load, prepare
+from .options import add_config, add_device, add_load_options, add_quantization, load, prepare
 
 __all__ = ["main"]
 
@@ -279,6 +279,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences in the cache (1)")
     add_config(parser)
+    add_quantization(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
@@ -298,14 +299,23 @@ def _run_memory(args: argparse.Namespace) -> int:
             batch,
             name,
             estimate_memory(
-                config, context, batch=batch, kv_cache_dtype=kv, chunk_tokens=args.chunk_tokens, device=device
+                config,
+                context,
+                batch=batch,
+                kv_cache_dtype=kv,
+                chunk_tokens=args.chunk_tokens,
+                device=device,
+                quantization=args.quantization,
             ),
         )
         for context in args.context or _contexts(config)
         for batch in args.batch
         for kv, name in (("auto", wide), ("int8", "int8"))
     ]
-    print(_memory_table(args.model, wide, device, rows))
+    kept = f"weights and activations in {wide}"
+    if args.quantization is not None:
+        kept = f"weights in {args.quantization}, activations in {wide}"
+    print(_memory_table(args.model, kept, device, rows))
     print(json.dumps([_memory_record(*row) for row in rows]))
     return 0
 
@@ -318,7 +328,7 @@ def _contexts(config: ModelConfig) -> list[int]:
 
 
 def _memory_table(
-    model: str, dtype: str, device: torch.device, rows: Sequence[tuple[int, int, str, MemoryEstimate]]
+    model: str, kept: str, device: torch.device, rows: Sequence[tuple[int, int, str, MemoryEstimate]]
 ) -> str:
     header = ("context", "batch", "KV cache", "weights", "KV", "activations", "indexes", "workspace", "total")
     cells = [
@@ -337,7 +347,7 @@ def _memory_table(
     absent = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     available = None if absent else available_memory(device)
     note = "" if available is None else f"; {format_bytes(available)} available here"
-    return "\n".join((f"{model} on {device}, weights and activations in {dtype}{note}", *lines))
+    return "\n".join((f"{model} on {device}, {kept}{note}", *lines))
 
 
 def _memory_record(context: int, batch: int, kv_cache_dtype: str, estimate: MemoryEstimate) -> dict[str, int | str]:

@@ -20,6 +20,7 @@ from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
 from .config import ModelConfig, parse_dtype
 from .models.decoder import AttentionMode, Decoder, DecoderWeights, LayerWeights, check_coverage
 from .models.mlp import ExpertWeights, Mlp
+from .models.quantized import QUANTIZATIONS, Int8Matrix, Matrix, split_rows
 
 __all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
 
@@ -37,6 +38,7 @@ def load_model(
     attention: AttentionMode = "auto",
     coverage: float | None = None,
     config: str | Path | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """Load a checkpoint of Qwen2, Qwen2.5, Qwen3 or one of their mixtures of experts
     (:data:`qwen_sparse.architectures.ARCHITECTURES`).
@@ -61,6 +63,8 @@ def load_model(
             not used. None: vertical-slash attention by budgets.
         config: a file to read instead of config.json: one beside it by its name (``"config_1m.json"`` of
             Qwen3-2507), or any by its path.
+        quantization: None, or "int8": the matrices of layers and output in 8 bits with a scale per row, quantised as
+            they are read; on a CPU. Embedding, norms, biases and routers keep the dtype.
 
     Raises:
         FileNotFoundError: there is no such directory, config or weight file.
@@ -78,17 +82,31 @@ def load_model(
         settings = settings.with_coverage(coverage)
     resolved_dtype = settings.dtype if dtype == "auto" else parse_dtype(dtype)
     resolved_device = resolve_device(device, resolved_dtype)
+    check_quantization(quantization, resolved_device)
     model = Decoder(  # no weights yet: every argument is checked before they are read
         config=settings,
-        weights=empty_weights(settings, resolved_dtype, torch.device("meta")),
+        weights=empty_weights(settings, resolved_dtype, torch.device("meta"), quantization),
         dtype=resolved_dtype,
         device=resolved_device,
         kv_cache_dtype=kv_cache_dtype,
         max_seq_len=settings.longest if max_seq_len is None else max_seq_len,
         attention=attention,
         path=directory,
+        quantization=quantization,
     )
-    return replace(model, weights=_load_weights(directory, settings, resolved_dtype, resolved_device))
+    return replace(model, weights=_load_weights(directory, settings, resolved_dtype, resolved_device, quantization))
+
+
+def check_quantization(quantization: str | None, device: torch.device) -> None:
+    """Raises:
+    ValueError: it is none of :data:`~qwen_sparse.models.quantized.QUANTIZATIONS`, or not for that device.
+    """
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if device.type != "cpu":
+        raise ValueError(f"quantization must be None on a GPU, got {quantization!r} on {device}")
 
 
 def load_config(path: str | Path, *, config: str | Path | None = None) -> ModelConfig:
@@ -174,7 +192,9 @@ def _existing_gpu(name: str, built: bool) -> torch.device:
     return resolved
 
 
-def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+def empty_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> DecoderWeights:
     """Weights of a config's shapes on a device, not initialised."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -182,29 +202,32 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def matrix(*shape: int) -> Matrix:
+        return empty(*shape) if quantization is None else Int8Matrix.empty(*shape, dtype=dtype, device=device)
+
     def mlp(layer: int) -> Mlp | ExpertWeights:
         experts = config.experts
         if experts is None or not experts.of_layer(layer):
-            return Mlp(empty(2 * intermediate, hidden), empty(hidden, intermediate))
+            return Mlp(matrix(2 * intermediate, hidden), matrix(hidden, intermediate))
         count, size, shared = experts.num_experts, experts.intermediate_size, experts.shared_size
         return ExpertWeights(
             router=empty(count, hidden),
-            gate_up=empty(count, 2 * size, hidden),
-            down=empty(count, hidden, size),
+            gate_up=matrix(count, 2 * size, hidden),
+            down=matrix(count, hidden, size),
             top_k=experts.experts_per_token,
             normalise=experts.normalise,
-            shared=None if shared is None else Mlp(empty(2 * shared, hidden), empty(hidden, shared)),
+            shared=None if shared is None else Mlp(matrix(2 * shared, hidden), matrix(hidden, shared)),
             shared_gate=None if shared is None else empty(1, hidden),
         )
 
     layers = [
         LayerWeights(
             input_norm=empty(hidden),
-            qkv=empty(q_size + 2 * kv_size, hidden),
+            qkv=matrix(q_size + 2 * kv_size, hidden),
             qkv_bias=empty(q_size + 2 * kv_size) if config.attention_bias else None,
             q_norm=empty(config.head_dim) if config.qk_norm else None,
             k_norm=empty(config.head_dim) if config.qk_norm else None,
-            o=empty(hidden, q_size),
+            o=matrix(hidden, q_size),
             o_bias=empty(hidden) if config.output_bias else None,
             post_attention_norm=empty(hidden),
             mlp=mlp(layer),
@@ -212,11 +235,12 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         for layer in range(config.num_layers)
     ]
     embedding = empty(config.vocab_size, hidden)
-    lm_head = embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden)
+    tied = config.tie_word_embeddings and quantization is None
+    lm_head = embedding if tied else matrix(config.vocab_size, hidden)
     return DecoderWeights(embedding=embedding, layers=layers, norm=empty(hidden), lm_head=lm_head)
 
 
-def _targets(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+def _targets(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, Matrix]]:
     """Checkpoint names with the places (views of fused weights) that they are copied to."""
     yield "model.embed_tokens.weight", weights.embedding
     yield "model.norm.weight", weights.norm
@@ -227,7 +251,7 @@ def _targets(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str
         prefix = f"model.layers.{index}"
         yield f"{prefix}.input_layernorm.weight", layer.input_norm
         yield f"{prefix}.post_attention_layernorm.weight", layer.post_attention_norm
-        for name, part in zip("qkv", torch.split(layer.qkv, [q_size, kv_size, kv_size]), strict=True):
+        for name, part in zip("qkv", split_rows(layer.qkv, [q_size, kv_size, kv_size]), strict=True):
             yield f"{prefix}.self_attn.{name}_proj.weight", part
         if layer.qkv_bias is not None:
             for name, part in zip("qkv", torch.split(layer.qkv_bias, [q_size, kv_size, kv_size]), strict=True):
@@ -242,15 +266,15 @@ def _targets(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str
             yield from _mlp_targets(f"{prefix}.mlp", layer.mlp.gate_up, layer.mlp.down)
             continue
         yield f"{prefix}.mlp.gate.weight", layer.mlp.router
-        for expert, (gate_up, down) in enumerate(zip(layer.mlp.gate_up, layer.mlp.down, strict=True)):
-            yield from _mlp_targets(f"{prefix}.mlp.experts.{expert}", gate_up, down)
+        for expert in range(layer.mlp.router.shape[0]):
+            yield from _mlp_targets(f"{prefix}.mlp.experts.{expert}", layer.mlp.gate_up[expert], layer.mlp.down[expert])
         if layer.mlp.shared is not None and layer.mlp.shared_gate is not None:
             yield from _mlp_targets(f"{prefix}.mlp.shared_expert", layer.mlp.shared.gate_up, layer.mlp.shared.down)
             yield f"{prefix}.mlp.shared_expert_gate.weight", layer.mlp.shared_gate
 
 
-def _mlp_targets(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
-    gate, up = gate_up.chunk(2)
+def _mlp_targets(prefix: str, gate_up: Matrix, down: Matrix) -> Iterator[tuple[str, Matrix]]:
+    gate, up = split_rows(gate_up, [down.shape[1]] * 2)
     yield f"{prefix}.gate_proj.weight", gate
     yield f"{prefix}.up_proj.weight", up
     yield f"{prefix}.down_proj.weight", down
@@ -261,7 +285,7 @@ def _may_ignore(name: str, config: ModelConfig) -> bool:
     return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
 
 
-def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Tensor], config: ModelConfig) -> None:
+def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Matrix], config: ModelConfig) -> None:
     missing = [name for name in targets if name not in stored]
     extra = [name for name in stored if name not in targets and not _may_ignore(name, config)]
     mis_shaped = [
@@ -288,14 +312,18 @@ def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Tensor], 
 
 
 @torch.no_grad()
-def _load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+def _load_weights(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> DecoderWeights:
     files = weight_files(directory)
     stored = stored_tensors(files)
     _check_tensors(stored, dict(_targets(config, empty_weights(config, dtype, torch.device("meta")))), config)
-    weights = empty_weights(config, dtype, device)
+    weights = empty_weights(config, dtype, device, quantization)
     targets = dict(_targets(config, weights))
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in (name for name, entry in stored.items() if entry.file == file and name in targets):
                 targets[name].copy_(tensors.get_tensor(name))  # one tensor at a time, cast on the way
+    if config.tie_word_embeddings and weights.lm_head is not weights.embedding:
+        weights.lm_head.copy_(weights.embedding)
     return weights

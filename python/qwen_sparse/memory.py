@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .arguments import check_integer
 from .config import PAGE_SIZE, ModelConfig, parse_dtype
 from .kv_cache import resolve_kv_cache_dtype
 from .models.linear import WIDEN_ROWS, widened_bytes, widens
+from .models.quantized import QUANTIZATIONS
 
 __all__ = [
     "MemoryEstimate",
@@ -26,6 +28,7 @@ __all__ = [
     "kv_cache_bytes",
     "peak_resident_memory",
     "resident_memory",
+    "weight_bytes",
     "weight_elements",
 ]
 
@@ -71,20 +74,62 @@ class MemoryEstimate:
 
 def weight_elements(config: ModelConfig) -> int:
     """Number of weights of the model; tied embeddings count once."""
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * q_size + 2 * kv_size)  # q and o, k and v
-    layer += (q_size + 2 * kv_size) * config.attention_bias + 2 * config.head_dim * config.qk_norm
-    layer += config.hidden_size * (2 + config.output_bias)
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    mlps = config.num_layers * mlp
-    if config.experts is not None:
+    matrices = sum(rows * columns for rows, columns in _matrices(config))
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return matrices + head + _other_elements(config)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str | None = None) -> int:
+    """Bytes of all weights, as :func:`qwen_sparse.load_model` keeps them.
+
+    Args:
+        config: the model.
+        dtype: of weights, and of the scales of quantised ones.
+        quantization: None, or "int8": a byte per weight of layers' matrices and of the output's (then apart from the
+            embedding, also where they are tied), and a scale per row.
+    """
+    if quantization is None:
+        return weight_elements(config) * dtype.itemsize
+    matrices = [*_matrices(config), (config.vocab_size, config.hidden_size)]
+    return (
+        sum(rows * (columns + dtype.itemsize) for rows, columns in matrices) + _other_elements(config) * dtype.itemsize
+    )
+
+
+def _matrices(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """Rows and columns of every matrix of the layers."""
+    hidden, q_size, kv_size = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    for layer in range(config.num_layers):
+        yield q_size + 2 * kv_size, hidden
+        yield hidden, q_size
         experts = config.experts
-        expert = experts.num_experts * (3 * experts.intermediate_size + 1) * config.hidden_size
-        if experts.shared_size is not None:
-            expert += (3 * experts.shared_size + 1) * config.hidden_size
-        mlps = sum(expert if experts.of_layer(layer) else mlp for layer in range(config.num_layers))
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + mlps + embeddings + config.hidden_size
+        sizes = [config.intermediate_size]
+        if experts is not None and experts.of_layer(layer):
+            sizes = [experts.intermediate_size] * experts.num_experts
+            sizes += [] if experts.shared_size is None else [experts.shared_size]
+        for size in sizes:
+            yield 2 * size, hidden
+            yield hidden, size
+
+
+def _other_elements(config: ModelConfig) -> int:
+    """Of embedding, norms, biases and routers."""
+    q_size, kv_size, hidden = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+        config.hidden_size,
+    )
+    layer = (q_size + 2 * kv_size) * config.attention_bias + 2 * config.head_dim * config.qk_norm
+    layer += hidden * (2 + config.output_bias)
+    routers = 0
+    if config.experts is not None:
+        one = hidden * (config.experts.num_experts + (config.experts.shared_size is not None))
+        routers = one * sum(map(config.experts.of_layer, range(config.num_layers)))
+    return config.num_layers * layer + routers + config.vocab_size * hidden + hidden
 
 
 def kv_cache_bytes(config: ModelConfig, seqlen: int, storage_dtype: torch.dtype) -> int:
@@ -103,13 +148,14 @@ def estimate_memory(
     dtype: str | torch.dtype | None = None,
     chunk_tokens: int | None = None,
     device: torch.device | str | None = None,
+    quantization: str | None = None,
 ) -> MemoryEstimate:
     """Memory that serving ``batch`` sequences of ``seqlen`` tokens takes, prefilled one after the other.
 
     With b bytes per element, T = min(chunk_tokens, seqlen) rows in flight, hidden size E, MLP size I, H query
     and Hkv kv heads of D, n = seqlen:
 
-    - **weights**: b x all weights; tied embeddings once.
+    - **weights**: b x all weights; tied embeddings once. Quantised: :func:`weight_bytes`.
     - **kv_cache**: batch x layers x Hkv x (2 D x element size, + 8 for the two int8 scales) x n rounded up to
       pages of 128.
     - **activations**: T x (2 E b + max(attention, MLP)): the residual and the normalised rows, and the larger
@@ -141,10 +187,13 @@ def estimate_memory(
         dtype: of weights and activations, by name or as torch's; the checkpoint's when None.
         chunk_tokens: rows per prefill chunk; the device's default when None.
         device: where the model runs; the CPU when None.
+        quantization: of the weights, as :func:`qwen_sparse.load_model`.
 
     Raises:
-        ValueError: a size that is no integer >= 1, or an unknown ``dtype`` or ``kv_cache_dtype``.
+        ValueError: a size that is no integer >= 1, or an unknown ``dtype``, ``kv_cache_dtype`` or ``quantization``.
     """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
     chunk_tokens = default_chunk_tokens(device) if chunk_tokens is None else chunk_tokens
     for name, value in (("seqlen", seqlen), ("batch", batch), ("chunk_tokens", chunk_tokens)):
         check_integer(f"estimate_memory: {name}", value, least=1)
@@ -166,7 +215,7 @@ def estimate_memory(
     if dtype == torch.bfloat16 and not on_gpu and _C.cpu_features()["isa"].startswith("amx"):
         workspace += tile_bytes(config, seqlen)
     return MemoryEstimate(
-        weights=weight_elements(config) * item,
+        weights=weight_bytes(config, dtype, quantization),
         kv_cache=batch * kv_cache_bytes(config, seqlen, storage_dtype),
         activations=rows * row + 4 * config.vocab_size,
         indexes=_most_index_bytes(config, rows, seqlen, item, on_gpu=on_gpu),

@@ -9,8 +9,9 @@ import torch
 
 from .loader import load_config, load_model
 from .models.decoder import Decoder
+from .models.quantized import QUANTIZATIONS
 
-__all__ = ["add_config", "add_device", "add_load_options", "load", "prepare"]
+__all__ = ["add_config", "add_device", "add_load_options", "add_quantization", "load", "prepare"]
 
 _THREADS_PER_CPU = 4
 
@@ -33,6 +34,15 @@ def add_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_quantization(parser: argparse._ActionsContainer) -> None:
+    """--quantization."""
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of weights: int8 keeps matrices in 8 bits, half the memory and faster decoding; on CPUs",
+    )
+
+
 def add_load_options(parser: argparse._ActionsContainer) -> None:
     """What :func:`load` and :func:`prepare` read besides --model."""
     attention = parser.add_mutually_exclusive_group()
@@ -49,6 +59,7 @@ def add_load_options(parser: argparse._ActionsContainer) -> None:
     add_config(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add_quantization(parser)
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "bfloat16", "int8"))
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
 
@@ -88,4 +99,5 @@ def load(args: argparse.Namespace, *, max_seq_len: int | None = None) -> Decoder
         attention=args.attention or "auto",
         coverage=args.coverage,
         config=args.config,
+        quantization=args.quantization,
     )

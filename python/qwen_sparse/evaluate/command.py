@@ -15,7 +15,7 @@ from ..documents import read_text
 from ..loader import load_model
 from ..machine import machine
 from ..models.decoder import Decoder
-from ..options import add_config, add_device
+from ..options import add_config, add_device, add_quantization
 from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes
 from .needles import niah, passkey, variable_tracking
@@ -94,6 +94,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="rope or dca, then +sparse (by budgets) or +coverage0.95 (block groups), then +int8",
     )
     add_config(parser)
+    add_quantization(parser)
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the JSON and the figures")
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=max(args.lengths),
         attention="dense",
         config=args.config,
+        quantization=args.quantization,
     )
     modes = args.modes or (sparse_modes(model) if args.task == "recall" else default_modes(model))
     found = _rows(model, modes, args)

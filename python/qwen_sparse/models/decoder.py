@@ -38,6 +38,7 @@ from ..tokenizer import Tokenizer
 from .attention import CONTINUATION_ROWS, Queries, attend, causal_pairs, rows_of_last_block, window_pairs
 from .linear import linear
 from .mlp import ExpertWeights, Mlp
+from .quantized import Int8Matrix, Matrix
 from .stats import ForwardStats
 
 __all__ = [
@@ -80,13 +81,13 @@ class LayerWeights:
 
     input_norm: Tensor
     """``[hidden]``."""
-    qkv: Tensor
+    qkv: Matrix
     """``[(num_heads + 2 num_kv_heads) head_dim, hidden]``: rows of q, then k, then v."""
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     """``[head_dim]``, of every query head; None where heads are not normalised."""
     k_norm: Tensor | None
-    o: Tensor
+    o: Matrix
     """``[hidden, num_heads head_dim]``."""
     o_bias: Tensor | None
     post_attention_norm: Tensor
@@ -95,13 +96,13 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DecoderWeights:
-    """All weights; ``lm_head`` is the embedding itself when they are tied."""
+    """All weights; ``lm_head`` is the embedding itself when they are tied and it is not quantised."""
 
     embedding: Tensor
     """``[vocab, hidden]``."""
     layers: Sequence[LayerWeights]
     norm: Tensor
-    lm_head: Tensor
+    lm_head: Matrix
     """``[vocab, hidden]``."""
 
     @property
@@ -122,7 +123,7 @@ def _tensors(parts: Iterable[object]) -> Iterator[Tensor]:
     for part in parts:
         if isinstance(part, Tensor):
             yield part
-        elif isinstance(part, LayerWeights | Mlp | ExpertWeights):
+        elif isinstance(part, LayerWeights | Mlp | ExpertWeights | Int8Matrix):
             yield from _tensors(vars(part).values())
 
 
@@ -191,6 +192,8 @@ class Decoder:
     attention: AttentionMode = "auto"
     path: Path | None = None
     """Directory that the model was loaded from."""
+    quantization: str | None = None
+    """Of the matrices: None (``dtype``) or "int8"."""
 
     def __post_init__(self) -> None:
         if self.attention not in ("auto", "dense", "sparse"):
@@ -212,7 +215,8 @@ class Decoder:
         return (
             f"Decoder({str(self.path) if self.path else None!r}, num_layers={self.config.num_layers}, {dtype} on "
             f"{self.device}, weights {format_bytes(self.weights.nbytes)}, kv_cache_dtype={self.kv_cache_dtype!r}, "
-            f"max_seq_len={self.max_seq_len}, attention={self.attention!r})"
+            f"max_seq_len={self.max_seq_len}, attention={self.attention!r}"
+            + (f", quantization={self.quantization!r})" if self.quantization else ")")
         )
 
     def with_options(

@@ -8,13 +8,14 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
+from .quantized import Int8Matrix, Matrix, product, split_rows
 
 __all__ = ["WIDEN_ROWS", "gated_mlp", "linear", "widened_bytes", "widens"]
 
@@ -32,29 +33,34 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype != torch.float32 and dtype not in _FAST
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
     Args:
         x: ``[n, in]``.
-        weight: ``[out, in]``, dtype of ``x``.
+        weight: ``[out, in]``, dtype of ``x``, or in 8 bits.
         bias: ``[out]``, dtype of ``x``, or None.
 
     Returns:
-        ``[n, out]``, dtype of ``x``, rounded once from float32 sums.
+        ``[n, out]``, dtype of ``x``, from float32 sums.
     """
-    if x.shape[0] < WIDEN_ROWS or not widens(x.dtype, x.device):
+    few = x.shape[0] < WIDEN_ROWS or not widens(x.dtype, x.device)
+    if few and isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
+    if isinstance(weight, Int8Matrix):
+        out = weight.multiply_few(x)
+        if out is not None:
+            return out if bias is None else out.add_(bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    for rows, target in zip(torch.split(x, _ROW_BLOCK), torch.split(out, _ROW_BLOCK), strict=True):
-        wide = rows.float()
+    for rows, target in zip(_blocks(x, few), _blocks(out, few), strict=True):
+        wide = rows if few else rows.float()
         for piece in _pieces(wide, weight.shape[0]):
-            wide_bias = None if bias is None else bias[piece].float()
-            target[:, piece] = F.linear(wide, weight[piece].float(), wide_bias)
+            found = product(wide, weight[piece])
+            target[:, piece] = found if bias is None else found.add_(bias[piece])
     return out
 
 
-def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T``, the SwiGLU MLP; where it widens, in float32 all the way.
 
     Args:
@@ -66,20 +72,25 @@ def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         ``[n, hidden]``, dtype of ``x``.
     """
     if x.shape[0] < WIDEN_ROWS or not widens(x.dtype, x.device):
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate, inplace=True).mul_(up), down)
+        gate, up = linear(x, gate_up).chunk(2, dim=-1)
+        return linear(F.silu(gate, inplace=True).mul_(up), down)
     out = torch.empty_like(x)
-    gate_weight, up_weight = gate_up.chunk(2)
+    gate_weight, up_weight = split_rows(gate_up, [down.shape[1]] * 2)
     buffer = x.new_empty(min(x.shape[0], _ROW_BLOCK), down.shape[1], dtype=torch.float32)
     for rows, target in zip(torch.split(x, _ROW_BLOCK), torch.split(out, _ROW_BLOCK), strict=True):
         wide = rows.float()
         activations = buffer[: wide.shape[0]]
         for piece in _pieces(wide, down.shape[1]):
-            gate = F.silu(F.linear(wide, gate_weight[piece].float()), inplace=True)
-            torch.mul(gate, F.linear(wide, up_weight[piece].float()), out=activations[:, piece])
+            gate = F.silu(product(wide, gate_weight[piece]), inplace=True)
+            torch.mul(gate, product(wide, up_weight[piece]), out=activations[:, piece])
         for piece in _pieces(activations, x.shape[1]):
-            target[:, piece] = F.linear(activations, down[piece].float())
+            target[:, piece] = product(activations, down[piece])
     return out
+
+
+def _blocks(x: Tensor, whole: bool) -> Sequence[Tensor]:
+    """Rows that are widened at a time; all, where they are not."""
+    return (x,) if whole else torch.split(x, _ROW_BLOCK)
 
 
 def widened_bytes(num_rows: int, hidden_size: int, intermediate_size: int) -> int:

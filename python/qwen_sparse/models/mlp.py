@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import gated_mlp, linear
+from .quantized import Matrix
 
 __all__ = ["ExpertWeights", "Mlp"]
 
@@ -17,9 +18,9 @@ __all__ = ["ExpertWeights", "Mlp"]
 class Mlp:
     """SwiGLU."""
 
-    gate_up: Tensor
+    gate_up: Matrix
     """``[2 intermediate, hidden]``: rows of gate, then up."""
-    down: Tensor
+    down: Matrix
     """``[hidden, intermediate]``."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -33,9 +34,9 @@ class ExpertWeights:
 
     router: Tensor
     """``[num_experts, hidden]``."""
-    gate_up: Tensor
+    gate_up: Matrix
     """``[num_experts, 2 intermediate, hidden]``: of each, rows of gate, then up."""
-    down: Tensor
+    down: Matrix
     """``[num_experts, hidden, intermediate]``."""
     top_k: int
     normalise: bool
@@ -72,6 +73,8 @@ class ExpertWeights:
 
     def _grouped(self, x: Tensor, order: Tensor, counts: Tensor) -> Tensor:
         """Grouped products of all experts; float32 ``[n, top_k, hidden]``, not yet weighted."""
+        assert isinstance(self.gate_up, Tensor)
+        assert isinstance(self.down, Tensor)
         ends = counts.cumsum(0, dtype=torch.int32)
         gate, up = F.grouped_mm(x[order // self.top_k], self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         found = F.grouped_mm(F.silu(gate).mul_(up), self.down.transpose(1, 2), offs=ends)

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from ..config import ModelConfig, parse_dtype
-from ..loader import resolve_device, resolve_directory
-from ..memory import available_memory
+from ..loader import check_quantization, resolve_device, resolve_directory
+from ..memory import available_memory, weight_bytes
 from ..options import add_load_options, load, prepare
 from ..tokenizer import Tokenizer
 from .plan import EngineOptions, plan_pages
@@ -150,6 +150,7 @@ def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:
         )
     dtype = config.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
     device = resolve_device(args.device, dtype)
+    check_quantization(args.quantization, device)
     plan_pages(
         config,
         options,
@@ -158,7 +159,7 @@ def _check_model(args: argparse.Namespace, options: EngineOptions) -> None:
         kv_cache_dtype=args.kv_cache_dtype,
         dtype=dtype,
         device=device,
-        weights_loaded=False,
+        weights=weight_bytes(config, dtype, args.quantization),
     )
 
 

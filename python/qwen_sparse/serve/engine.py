@@ -95,7 +95,7 @@ class Engine:
             kv_cache_dtype=model.kv_cache_dtype,
             dtype=model.dtype,
             device=model.device,
-            weights_loaded=True,
+            weights=0,
         )
         on_gpu = model.device.type == "cuda"
         # CUDA graphs are padded with rows that write somewhere: one page more.

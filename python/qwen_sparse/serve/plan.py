@@ -8,7 +8,7 @@ import torch
 
 from ..config import PAGE_SIZE, ModelConfig
 from ..kv_cache import resolve_kv_cache_dtype
-from ..memory import default_chunk_tokens, estimate_memory, format_bytes, kv_cache_bytes, weight_elements
+from ..memory import default_chunk_tokens, estimate_memory, format_bytes, kv_cache_bytes
 
 __all__ = ["EngineOptions", "plan_pages", "prefill_bytes"]
 
@@ -109,7 +109,7 @@ def plan_pages(
     kv_cache_dtype: str,
     dtype: torch.dtype,
     device: torch.device,
-    weights_loaded: bool,
+    weights: int,
 ) -> int:
     """Pages of the KV cache: enough for one sequence of full length at least.
 
@@ -119,7 +119,7 @@ def plan_pages(
         longest: the length of :meth:`EngineOptions.length_for`, in tokens.
         available: bytes that can still be taken on the device; None: unknown.
         kv_cache_dtype, dtype, device: see :func:`prefill_bytes`.
-        weights_loaded: whether ``available`` is what is left beside the weights.
+        weights: bytes of weights that ``available`` is still to hold; 0 when they are loaded.
 
     Raises:
         ValueError: ``kv_cache_memory`` does not hold one sequence of full length.
@@ -129,8 +129,6 @@ def plan_pages(
     page_bytes = kv_cache_bytes(config, PAGE_SIZE, storage)
     least = -(-longest // PAGE_SIZE)
     rows = default_chunk_tokens(device) if options.chunk_tokens is None else options.chunk_tokens
-
-    weights = 0 if weights_loaded else weight_elements(config) * dtype.itemsize
 
     def beside(seqlen: int) -> int:
         return weights + prefill_bytes(
