@@ -47,13 +47,15 @@ def test_quantisation(dtype: torch.dtype) -> None:
     assert matrix.shape == values.shape
 
 
+@pytest.mark.parametrize("whole", [0, 2**26])
 @pytest.mark.parametrize("widen", [False, True], ids=["own_dtype", "widened"])
 @pytest.mark.parametrize("rows", [1, 8, 9, 300, 2500])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products(dtype: torch.dtype, rows: int, widen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(dtype: torch.dtype, rows: int, widen: bool, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, more than torch's kernel is for, and the blocks and pieces of a prefill chunk."""
     monkeypatch.setattr(products, "_FAST", frozenset() if widen else frozenset(DTYPES))
     monkeypatch.setattr(products, "_PIECE_BYTES", 2**16)
+    monkeypatch.setattr(products, "_WHOLE_BYTES", whole)
     x, bias = torch.randn(rows, 96).to(dtype), torch.randn(200).to(dtype)
     weight = quantised(torch.randn(200, 96), dtype)
     exact = x.double() @ dequantised(weight).T

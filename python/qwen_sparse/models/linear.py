@@ -24,6 +24,7 @@ WIDEN_ROWS = 256
 
 _ROW_BLOCK = 2048  # rows widened at a time; weights are widened again for each, which is 2 % of their product
 _PIECE_BYTES = 2**24  # widened weights and results at a time: small enough for malloc to recycle, so no page faults
+_WHOLE_BYTES = 2**26  # weights of 8 bits that are widened at once; larger ones in pieces, whose results are copied
 
 _FAST = frozenset(getattr(torch, name) for name in _C.cpu_features()["fast_matmul"])
 
@@ -48,9 +49,11 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     if few and isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     if isinstance(weight, Int8Matrix):
-        out = weight.multiply_few(x)
-        if out is not None:
-            return out if bias is None else out.add_(bias)
+        found = weight.multiply_few(x)
+        if found is None and few and weight.shape.numel() * x.element_size() <= _WHOLE_BYTES:
+            found = product(x, weight)
+        if found is not None:
+            return found if bias is None else found.add_(bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
     for rows, target in zip(_blocks(x, few), _blocks(out, few), strict=True):
         wide = rows if few else rows.float()
