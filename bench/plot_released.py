@@ -2,7 +2,8 @@
 
     python bench/plot_released.py bench/results/released_cpu.json --output bench/results/released_cpu.png
 
-A panel per part, text and length: KL against dense attention, or facts found, by density, a line per method.
+A panel per part, text and length: KL against dense attention, or facts found, by density, a line per method. With
+--by length instead two panels per text, density and KL of block groups by length, a line per coverage.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ STYLES = {
     "vertical-slash": ("vertical-slash (V / S of every head)", "#0072B2", "s"),
 }
 """Title, colour (Okabe and Ito) and marker."""
+LINES = {"groups:0.95": "#0072B2", "groups:0.87": "#D55E00", "groups:0.8": "#009E73"}
+"""Colour by coverage."""
 PARTS = {"tail": ("kl", "KL to dense attention, nats per token"), "probes": ("found", "facts found")}
 
 
@@ -31,9 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON of bench_released.py")
     parser.add_argument("--parts", nargs="+", default=["tail"], choices=list(PARTS))
+    parser.add_argument("--by", default="density", choices=["density", "length"])
     parser.add_argument("--columns", type=int, default=2, help="panels beside each other")
     parser.add_argument("--output", type=Path, required=True, help="PNG")
     arguments = parser.parse_args()
+    if arguments.by == "length":
+        return by_length([row for path in arguments.results for row in json.loads(path.read_text())["rows"]], arguments)
     panels: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for path in arguments.results:
         for row in json.loads(path.read_text())["rows"]:
@@ -52,6 +58,39 @@ def main() -> None:
         draw(axes, *key, rows)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(arguments.output, dpi=150)
+
+
+def by_length(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Panels of density and KL."""
+    rows = [row for row in rows if row["part"] == "tail" and row["method"].startswith("groups:")]
+    texts = [t for t in sorted({row["text"] for row in rows}) if len({r["length"] for r in rows if r["text"] == t}) > 1]
+    if not texts:
+        raise SystemExit("plot_released: no text has rows of block groups at two lengths in the files given")
+    figure, grid = plt.subplots(len(texts), 2, figsize=(9.2, 3.2 * len(texts)), squeeze=False, layout="constrained")
+    for line, text in zip(grid, texts, strict=True):
+        for axes, value, label in zip(
+            line, ("density", "kl"), ("causal pairs attended", "KL to dense attention, nats per token"), strict=True
+        ):
+            for (method, colour), marker in zip(LINES.items(), "os^", strict=True):
+                points = sorted(
+                    (row["length"], row[value]) for row in rows if (row["method"], row["text"]) == (method, text)
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method.partition(":")[2])
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length / 1024:.0f}K"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            form = ".0%" if value == "density" else "g"
+            axes.set_yticks([0.03, 0.05, 0.1, 0.2] if value == "density" else [0.005, 0.01, 0.02, 0.05])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda found, _, form=form: format(found, form)))
+            axes.set_xlabel("prompt, tokens")
+            axes.set_ylabel(label)
+            axes.set_title(text, fontsize=10)
+            axes.grid(alpha=0.3, which="both")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="coverage", loc="outside right upper", frameon=False)
     figure.savefig(arguments.output, dpi=150)
 
 
