@@ -1,1 +1,1 @@
-"""Decoders, one file per architecture."""
+"""The decoder: its layers, their parts, and the matrix products that they are made of."""
