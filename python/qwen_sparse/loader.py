@@ -83,6 +83,8 @@ def load_model(
     resolved_dtype = settings.dtype if dtype == "auto" else parse_dtype(dtype)
     resolved_device = resolve_device(device, resolved_dtype)
     check_quantization(quantization, resolved_device)
+    if settings.experts is not None and resolved_device.type == "cuda" and resolved_dtype != torch.bfloat16:
+        raise ValueError(f"dtype must be 'bfloat16' for a mixture of experts on a GPU, got {str(dtype)!r}")
     model = Decoder(  # no weights yet: every argument is checked before they are read
         config=settings,
         weights=empty_weights(settings, resolved_dtype, torch.device("meta"), quantization),
