@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from conftest import TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, decoding, load_model, prefill
 from qwen_sparse.decoding import StepGraph, _Steps, decode
-from qwen_sparse.models import qwen2
+from qwen_sparse.models import decoder
 from qwen_sparse.models.decoder import Decoder
 from qwen_sparse.sampling import Sampler
 
@@ -278,7 +278,7 @@ def test_nothing_is_read_by_the_host(
     case: Case, sampler: Sampler, write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a step and the choice of its token; shapes, which meta tensors have, are all they depend on."""
-    monkeypatch.setitem(qwen2._NORM_ROWS, "meta", 256)
+    monkeypatch.setitem(decoder._NORM_ROWS, "meta", 256)
     model = without_values(case.load(write_checkpoint))
     cache = model.new_cache(420)
     logits, seen = (torch.zeros(1, VOCAB, dtype=dtype, device=VALUELESS) for dtype in (torch.float32, torch.bool))
