@@ -267,7 +267,8 @@ def without_values(model: Decoder) -> Decoder:
     def moved(owner: Any) -> Any:
         return replace(owner, **{key: x.to(VALUELESS) for key, x in vars(owner).items() if isinstance(x, Tensor)})
 
-    weights = moved(replace(model.weights, layers=[moved(layer) for layer in model.weights.layers]))
+    layers = [moved(replace(layer, mlp=moved(layer.mlp))) for layer in model.weights.layers]
+    weights = moved(replace(model.weights, layers=layers))
     return replace(model, weights=weights, device=VALUELESS)
 
 
