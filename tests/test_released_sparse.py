@@ -85,13 +85,11 @@ def test_predictions_are_those_of_dense_attention(released_model: Decoder, text:
     assert sparse.loss() < dense.loss() + 0.01  # perplexity at most 1 % above; of this prose it is 1 to 2 % below
 
 
-def test_needles_that_dense_attention_finds_are_found(released_model: Decoder, tmp_path: Path) -> None:
-    (tmp_path / "code.txt").write_text(texts.code()[:100_000])
-    rows = evaluate_probes(
-        released_model, 10, ["rope", "rope+coverage0.9"], [8192], hay=str(tmp_path / "code.txt"), chat=True
-    )
-    found = {"rope": 0, "rope+coverage0.9": 0}
-    for row in rows:
-        found[row["mode"]] += row["found"]
-    assert found["rope"] >= 6
-    assert found["rope+coverage0.9"] >= found["rope"] - 1
+def test_as_many_needles_are_found_as_by_dense_attention(released_model: Decoder, tmp_path: Path) -> None:
+    """Of twenty, about two thirds by either, not the same ones; their number differs by a few from text to text."""
+    (tmp_path / "code.txt").write_text(texts.code())
+    modes = ["rope", "rope+coverage0.87"]
+    rows = list(evaluate_probes(released_model, 20, modes, [8192], hay=str(tmp_path / "code.txt"), chat=True))
+    dense, sparse = (sum(row["found"] for row in rows if row["mode"] == mode) for mode in modes)
+    assert dense >= 10
+    assert sparse >= dense - 1
