@@ -140,6 +140,17 @@ def test_rows_do_not_depend_on_where_a_prompt_is_cut(name: str, tiles: str) -> N
     assert torch.equal(torch.cat([rows(0, 192), rows(192, 256), rows(256, 640)]), rows(0, 640))
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(0, 10), (5, 0), (40, 3)])
+def test_no_rows_and_no_keys(rows: int, keys: int, tiles: str) -> None:
+    q, k, v = random_qkv(rows, keys, 2, 1, 64, torch.bfloat16)
+    out, lse = run(tiles, "attention", q, k, v)
+    assert out.shape == (rows, 2, 64)
+    before_the_first_key = max(0, rows - keys)
+    assert not out[:before_the_first_key].any()
+    assert (lse[:before_the_first_key] == -math.inf).all()
+    assert lse[before_the_first_key:].isfinite().all()
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_accuracy_beside_torch(head_dim: int, tiles: str) -> None:
     q, k, v = random_qkv(512, 512, 2, 1, head_dim, torch.bfloat16)

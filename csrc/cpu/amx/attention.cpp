@@ -418,7 +418,7 @@ int64_t tile_workspace(const AttentionParams& params) {
 }
 
 bool attend_on_tiles(const AttentionParams& params, const HeadIndexView* heads) {
-  if (params.dtype != DType::kBFloat16) return false;
+  if (params.dtype != DType::kBFloat16 || params.shape.seqlen_k == 0) return false;
   return params.shape.head_dim == 64 ? TileAttention<64>(params, heads).run() : TileAttention<128>(params, heads).run();
 }
 
