@@ -6,7 +6,7 @@
 //  - every step rounds to nearest even, reads denormals as zeros and writes zeros for them, whatever the control
 //    register says.
 //
-// Slow by a factor of a few hundred: for tests.
+// Slow: for tests.
 #pragma once
 
 #include "cpu/isa/vec.h"
