@@ -62,9 +62,7 @@ PARTS = ["tail", "recall", "probes", "decode"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "build/released/qwen2.5-coder-0.5b", help="directory")
-    parser.add_argument(
-        "--parts", nargs="+", default=["tail", "recall"], choices=["tail", "recall", "probes", "decode"]
-    )
+    parser.add_argument("--parts", nargs="+", default=["tail", "recall"], choices=PARTS)
     parser.add_argument("--texts", nargs="+", default=["code", "prose"], choices=list(TEXTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--methods", nargs="+", default=METHODS)

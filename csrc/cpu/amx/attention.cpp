@@ -14,8 +14,7 @@ namespace {
 constexpr int64_t kStripsPerTask = 8;
 constexpr int64_t kBlockStrips = kBlockM / kStripRows;
 constexpr int64_t kTaskBlocks = kStripsPerTask / kBlockStrips;
-constexpr int64_t kPanelItems =
-    16;  // items of keys that stay in the second-level cache while a task's strips meet them
+constexpr int64_t kPanelItems = 16;  // that stay in the second-level cache while a task's strips meet them
 
 float magnitude_of(uint32_t bits) {
   const uint32_t wide = bits << 16;
@@ -59,7 +58,7 @@ class TileAttention {
   struct Scratch {
     Scratch(Arena& arena, int64_t num_rotations)
         : pipeline(arena.take<PipelineScratch>(1)),
-          items(arena.take<KeyItem<kHeadDim>>(4)),
+          items(arena.take<KeyItem<kHeadDim>>(kItemsInTurns)),
           strips(arena.take<Strip>(kStripsPerTask + 1)),
           q(arena.take<std::byte>((kStripsPerTask + 1) * num_rotations * kQueryBytes)),
           o(arena.take<std::byte>((kStripsPerTask + 1) * kOutputBytes)),

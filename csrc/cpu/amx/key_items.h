@@ -11,6 +11,7 @@
 namespace qwen_sparse::cpu::QWEN_SPARSE_ISA {
 namespace {
 
+constexpr int kItemsInTurns = 4;  // of a pipeline: what is pushed stays until four more have been begun
 constexpr uint32_t kWholeTile = 0xffff;
 constexpr int16_t kFarBack = -20000;  // stands for all positions that are farther back
 
@@ -37,8 +38,6 @@ struct KeyItem {
 template <int kHeadDim, typename Push>
 class ItemBuilder {
  public:
-  static constexpr int kItems = 4;
-
   // `slot`: which of the items comes next, from one builder of a pipeline to the following one.
   ItemBuilder(KeyItem<kHeadDim>* items, int& slot, Push push) : items_(items), slot_(slot), push_(push) {}
 
@@ -115,7 +114,7 @@ class ItemBuilder {
   void complete() {
     if (ready_ != nullptr) push_(*ready_);
     ready_ = items_ + slot_;
-    slot_ = (slot_ + 1) % kItems;
+    slot_ = (slot_ + 1) % kItemsInTurns;
     steps_ = 0;
   }
 
@@ -128,7 +127,7 @@ class ItemBuilder {
     }
   }
 
-  KeyItem<kHeadDim>* items_;  // [kItems], used in turns
+  KeyItem<kHeadDim>* items_;  // [kItemsInTurns], used in turns
   int& slot_;
   Push push_;
   KeyTile16 last_, single_;  // the latest tile, whose successor may come yet; an earlier one without
