@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_sparse.calibrate import Calibration, calibrate, measure_budgets, synthetic_tokens
-from qwen_sparse.config import SparseConfig
 from qwen_sparse.demo import DEPTHS, TRAINED_LENGTH, accuracy, accuracy_grid, load_passkey_model
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.config import SparseConfig
+from qwen_sparse.model.decoder import Decoder
 from report import add_device_argument, add_output_argument, finish, print_table
 
 FILLERS = ("grass", "sentences", "source")

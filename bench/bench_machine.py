@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen_sparse.models.linear import linear, widens
+from qwen_sparse.model.linear import linear, widens
 from qwen_sparse.testing import interleaved
 from report import add_output_argument, finish, print_table
 

@@ -42,20 +42,15 @@ from checkpoint import SHAPES, model_config, random_weights
 from find_budgets import find_budgets
 from indexes import read_budgets, with_budgets
 from one_layer import Chunk, Row, extrapolated, measure_layer
-from qwen_sparse.config import ModelConfig, SparseConfig
-from qwen_sparse.decoding import decode
-from qwen_sparse.kv_cache import PagedKVCache
-from qwen_sparse.memory import (
-    default_chunk_tokens,
-    estimate_memory,
-    format_bytes,
-    kv_cache_bytes,
-    peak_resident_memory,
-)
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.models.stats import ForwardStats
-from qwen_sparse.prefill import check_request, chunk_ends
-from qwen_sparse.sampling import Sampler
+from qwen_sparse.base.resources import format_bytes, peak_resident_memory
+from qwen_sparse.engine.decoding import decode
+from qwen_sparse.engine.memory import default_chunk_tokens, estimate_memory
+from qwen_sparse.engine.prefill import check_request, chunk_ends
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model.config import ModelConfig, SparseConfig
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.kv_cache import PagedKVCache, kv_cache_bytes
+from qwen_sparse.model.stats import ForwardStats
 from qwen_sparse.testing import Timing
 from report import (
     add_check_argument,

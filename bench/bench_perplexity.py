@@ -16,10 +16,10 @@ import platform
 import torch.nn.functional as F
 
 from qwen_sparse.demo import MODES, TRAINED_LENGTH, load_passkey_model
+from qwen_sparse.engine.prefill import prefill
 from qwen_sparse.evaluate import Mode
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.passkey import held_out_source
-from qwen_sparse.prefill import prefill
 from report import add_output_argument, finish, print_table
 
 

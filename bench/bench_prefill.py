@@ -43,11 +43,11 @@ from indexes import (
     with_budgets,
 )
 from qwen_sparse import load_model, ops, prefill, reference
-from qwen_sparse.config import SparseConfig
-from qwen_sparse.memory import default_chunk_tokens
-from qwen_sparse.models import attention as layer_attention
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.prefill import PrefillResult, PrefillStats, chunk_ends
+from qwen_sparse.engine.memory import default_chunk_tokens
+from qwen_sparse.engine.prefill import PrefillResult, PrefillStats, chunk_ends
+from qwen_sparse.model import attention as layer_attention
+from qwen_sparse.model.config import SparseConfig
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.testing import Timing, assert_close_to_reference, interleaved
 from report import (
     add_check_argument,

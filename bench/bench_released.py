@@ -37,14 +37,14 @@ import torch
 import texts
 from qwen_sparse import load_model, prefill
 from qwen_sparse.calibrate import measure_budgets
-from qwen_sparse.config import DualChunkConfig, SparseConfig
+from qwen_sparse.engine.likelihood import last_hidden
+from qwen_sparse.engine.memory import default_chunk_tokens
 from qwen_sparse.evaluate import evaluate_probes
 from qwen_sparse.evaluate.perplexity import Predictions, divergence
-from qwen_sparse.likelihood import last_hidden
-from qwen_sparse.memory import default_chunk_tokens
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.models.quantized import QUANTIZATIONS
-from qwen_sparse.models.stats import ForwardStats
+from qwen_sparse.model.config import DualChunkConfig, SparseConfig
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.quantized import QUANTIZATIONS
+from qwen_sparse.model.stats import ForwardStats
 from report import add_device_argument, add_output_argument, finish, print_table, save
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from checkpoint import SHAPES, model_config, random_weights
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.sampling import Sampler
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.serve.engine import Engine, EngineOptions
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken
 from report import add_device_argument, add_output_argument, finish, print_environment, print_table, save

@@ -27,11 +27,11 @@ from torch import Tensor
 from find_budgets import uniform_budgets
 from indexes import with_budgets
 from qwen_sparse import ops, reference
-from qwen_sparse.config import DualChunkConfig
-from qwen_sparse.models import linear
-from qwen_sparse.models.decoder import Decoder, LayerWeights
-from qwen_sparse.models.stats import ForwardStats
-from qwen_sparse.prefill import chunk_ends
+from qwen_sparse.engine.prefill import chunk_ends
+from qwen_sparse.model import linear
+from qwen_sparse.model.config import DualChunkConfig
+from qwen_sparse.model.decoder import Decoder, LayerWeights
+from qwen_sparse.model.stats import ForwardStats
 from qwen_sparse.testing import reference_error
 
 LAYERS, VOCABULARY = 2, 2048

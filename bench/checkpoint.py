@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_sparse.config import ModelConfig
-from qwen_sparse.loader import empty_weights
-from qwen_sparse.models.decoder import DecoderWeights
-from qwen_sparse.models.mlp import Mlp
+from qwen_sparse.model.config import ModelConfig
+from qwen_sparse.model.decoder import DecoderWeights
+from qwen_sparse.model.loader import empty_weights
+from qwen_sparse.model.mlp import Mlp
 
 _COMMON = {
     "architectures": ["Qwen2ForCausalLM"],

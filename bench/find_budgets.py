@@ -23,9 +23,9 @@ from torch import Tensor
 
 from indexes import BAND, BLOCK_M, SINKS, attended_keys, evenly_spaced
 from qwen_sparse import ops
-from qwen_sparse.config import ModelConfig, SparseConfig
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.prefill import chunk_ends
+from qwen_sparse.engine.prefill import chunk_ends
+from qwen_sparse.model.config import ModelConfig, SparseConfig
+from qwen_sparse.model.decoder import Decoder
 
 PAIR = (1000, 6096)
 """Columns and distances; the pair that is most frequent in the published budgets of Qwen2.5-7B-Instruct-1M."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_sparse.checkpoint import parse_json
-from qwen_sparse.config import SparseConfig
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.checkpoint import parse_json
+from qwen_sparse.model.config import SparseConfig
+from qwen_sparse.model.decoder import Decoder
 
 BLOCK_M = 64
 SINKS, BAND = 30, 100

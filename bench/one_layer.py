@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_sparse import ops
-from qwen_sparse.kv_cache import PagedKVCache
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.kv_cache import PagedKVCache
 from qwen_sparse.testing import interleaved
 from report import working
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwen_sparse import _C
-from qwen_sparse.machine import machine
+from qwen_sparse.base.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = [

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from qwen_sparse import _C, load_model, ops
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 
 pytest_plugins = ["ptxsim.fixtures"]
 

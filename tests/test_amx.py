@@ -18,9 +18,9 @@ from torch import Tensor
 
 from conftest import WriteCheckpoint
 from qwen_sparse import _C, ops, prefill, reference
-from qwen_sparse.loader import load_config
-from qwen_sparse.memory import estimate_memory
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.engine.memory import estimate_memory
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.loader import load_config
 from qwen_sparse.testing import random_indexes, random_qkv
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))

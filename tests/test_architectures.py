@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_sparse import generate, load_model, prefill
-from qwen_sparse.architectures import ARCHITECTURES
 from qwen_sparse.calibrate import calibrate
-from qwen_sparse.config import DualChunkConfig
-from qwen_sparse.memory import estimate_memory, weight_elements
-from qwen_sparse.models.attention import causal_pairs, window_pairs
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.models.mlp import ExpertWeights, Mlp
+from qwen_sparse.engine.memory import estimate_memory, weight_elements
+from qwen_sparse.model.architectures import ARCHITECTURES
+from qwen_sparse.model.attention import causal_pairs, window_pairs
+from qwen_sparse.model.config import DualChunkConfig
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.mlp import ExpertWeights, Mlp
 
 transformers = pytest.importorskip("transformers")
 

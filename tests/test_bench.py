@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend
 
 from conftest import TINY, budgets
 from qwen_sparse import reference
-from qwen_sparse.memory import weight_elements
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.reference import vertical_slash_mask
+from qwen_sparse.engine.memory import weight_elements
+from qwen_sparse.kernels.reference import vertical_slash_mask
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.testing import random_qkv
 
 BENCH = Path(__file__).parents[1] / "bench"

@@ -27,10 +27,10 @@ from qwen_sparse.calibrate import (
     synthetic_tokens,
 )
 from qwen_sparse.cli import main
-from qwen_sparse.config import SparseConfig
-from qwen_sparse.memory import estimate_calibration_memory, index_bytes
-from qwen_sparse.models.attention import Queries
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.engine.memory import estimate_calibration_memory, index_bytes
+from qwen_sparse.model.attention import Queries
+from qwen_sparse.model.config import SparseConfig
+from qwen_sparse.model.decoder import Decoder
 from test_memory import QWEN_7B, allocated_peak
 from test_model import random_ids
 

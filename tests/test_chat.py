@@ -25,8 +25,8 @@ from qwen_sparse import prefill as prefill_function
 from qwen_sparse.chat import ChatSession, Turn, _show
 from qwen_sparse.cli import main
 from qwen_sparse.documents import Document, read_document
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.tokenizer import StreamDecoder, Tokenizer
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.tokenizer import StreamDecoder, Tokenizer
 
 MODEL = str(files("qwen_sparse") / "assets" / "passkey")
 QUESTION = "What is the pass key? The pass key is "
@@ -71,7 +71,7 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(len(input_ids))
         return prefill_function(model, input_ids, **options)
 
-    monkeypatch.setattr(sys.modules["qwen_sparse.generate"], "prefill", spy)
+    monkeypatch.setattr(sys.modules["qwen_sparse.engine.generate"], "prefill", spy)
     return lengths
 
 
@@ -254,7 +254,7 @@ def test_refused_questions_and_documents_are_taken_back(
         session.add_documents(Document("long.txt", "x" * 1000))
     assert session.documents == (document,)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["qwen_sparse.prefill"], "available_memory", lambda device: 1000)
+        patch.setattr(sys.modules["qwen_sparse.engine.prefill"], "available_memory", lambda device: 1000)
         with pytest.raises(MemoryError, match=r"1\.00 KB are available"):
             session.ask(QUESTION, ignore)
     assert len(session.turns) == 1

@@ -70,7 +70,7 @@ def test_options_reach_the_model(
     )
     assert (code, out) == (0, "text\n")
     model = seen.pop("model")
-    assert isinstance(model, qwen_sparse.models.decoder.Decoder)
+    assert isinstance(model, qwen_sparse.model.decoder.Decoder)
     assert (model.attention, model.kv_cache_dtype, str(model.dtype)) == ("sparse", "int8", "torch.bfloat16")
     assert seen.pop("prompt") == [ord("x")] * 291
     assert seen == {
@@ -209,19 +209,19 @@ def test_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *table, line = out.splitlines()
     records = json.loads(line)
     assert len(table) == 2 + len(records) == 10
-    config = qwen_sparse.config.ModelConfig.from_directory(checkpoint)
+    config = qwen_sparse.model.config.ModelConfig.from_directory(checkpoint)
     for row, record in zip(table[2:], records, strict=True):
         estimate = qwen_sparse.estimate_memory(
             config,
             record["context"],
             batch=record["batch"],
             kv_cache_dtype=record["kv_cache_dtype"],
-            dtype=qwen_sparse.config.parse_dtype("bfloat16"),
+            dtype=qwen_sparse.model.config.parse_dtype("bfloat16"),
         )
         assert record["total"] == estimate.total
         assert record["kv_cache"] == estimate.kv_cache
         assert row.split()[:3] == [f"{record['context']:,}", str(record["batch"]), record["kv_cache_dtype"]]
-        assert row.endswith(qwen_sparse.memory.format_bytes(estimate.total))
+        assert row.endswith(qwen_sparse.base.resources.format_bytes(estimate.total))
     assert [record["kv_cache_dtype"] for record in records] == ["bfloat16", "int8"] * 4
 
 
@@ -253,7 +253,7 @@ def test_memory_on_a_gpu_needs_none(checkpoint: Path, capsys: pytest.CaptureFixt
         assert out.startswith(f"{checkpoint} on {options[-1]}, weights and activations in bfloat16")
         return int(json.loads(out.splitlines()[-1])[0]["activations"])
 
-    config = qwen_sparse.config.ModelConfig.from_directory(checkpoint)
+    config = qwen_sparse.model.config.ModelConfig.from_directory(checkpoint)
     for device in ("cpu", "cuda:98"):
         expected = qwen_sparse.estimate_memory(config, 100_000, dtype=torch.bfloat16, device=device)
         assert activations("--device", device) == expected.activations

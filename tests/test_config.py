@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import DUAL_CHUNK, TINY, budgets
-from qwen_sparse.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, SparseSwitches, parse_dtype
+from qwen_sparse.model.config import DualChunkConfig, ModelConfig, RopeConfig, SparseConfig, SparseSwitches, parse_dtype
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets
 from qwen_sparse import load_model, ops, prefill, reference
-from qwen_sparse.coverage import select_by_coverage, share_of_average, thresholds
+from qwen_sparse.model.coverage import select_by_coverage, share_of_average, thresholds
 from qwen_sparse.testing import random_qkv
 
 

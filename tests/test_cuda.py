@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, GPU_KERNELS, MovedOps, WriteCheckpoint
 from qwen_sparse import _C, generate, load_model, ops, prefill, reference
-from qwen_sparse.models import attention as layer_attention
+from qwen_sparse.model import attention as layer_attention
 from qwen_sparse.testing import assert_close_to_reference, random_qkv, reference_error
 from test_simulated import CALLS
 
@@ -205,7 +205,7 @@ UNCAPTURABLE = """
 import sys
 import torch
 from qwen_sparse import generate, load_model
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 
 model = load_model(sys.argv[1], device="cuda", dtype="bfloat16")
 step = Decoder.decode_step

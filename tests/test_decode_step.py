@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import TINY, WriteCheckpoint
-from qwen_sparse import PagedKVCache, decoding, load_model, prefill
-from qwen_sparse.decoding import StepGraph, _Steps, decode
-from qwen_sparse.models import decoder
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.sampling import Sampler
+from qwen_sparse import PagedKVCache, load_model, prefill
+from qwen_sparse.engine import decoding
+from qwen_sparse.engine.decoding import StepGraph, _Steps, decode
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model import decoder
+from qwen_sparse.model.decoder import Decoder
 
 VOCAB = TINY["vocab_size"]
 IDS = torch.randint(256, (420,), generator=torch.Generator().manual_seed(0))

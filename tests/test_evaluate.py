@@ -38,8 +38,8 @@ from qwen_sparse.evaluate.figures import draw_heat_maps, line_styles
 from qwen_sparse.evaluate.prompts import haystack, place
 from qwen_sparse.evaluate.questions import Question
 from qwen_sparse.evaluate.scoring import exact_match, score
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.tokenizer import Tokenizer
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.tokenizer import Tokenizer
 
 TASKS = {
     task.name: task

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, byte_tokenizer
 from qwen_sparse import PagedKVCache, Tokenizer, generate, generate_text, load_model, prefill, truncate_prompt
-from qwen_sparse.decoding import decode
-from qwen_sparse.generate import StopStrings
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.sampling import Sampler
-from qwen_sparse.tokenizer import StreamDecoder
+from qwen_sparse.engine.decoding import decode
+from qwen_sparse.engine.generate import StopStrings
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.tokenizer import StreamDecoder
 
 VOCAB = TINY["vocab_size"]
 NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)

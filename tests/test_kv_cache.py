@@ -10,10 +10,9 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY
 from qwen_sparse import PagedKVCache, reference
-from qwen_sparse.config import ModelConfig
-from qwen_sparse.kv_cache import KVPool, KVRotation, resolve_kv_cache_dtype
-from qwen_sparse.memory import kv_cache_bytes
-from qwen_sparse.rope import inverse_frequencies
+from qwen_sparse.model.config import ModelConfig
+from qwen_sparse.model.kv_cache import KVPool, KVRotation, kv_cache_bytes, resolve_kv_cache_dtype
+from qwen_sparse.model.rope import inverse_frequencies
 
 CONFIG = ModelConfig.from_dict({**TINY, "num_attention_heads": 4, "num_key_value_heads": 2})
 CHUNKED = ModelConfig.from_dict({**TINY, "dual_chunk_attention_config": DUAL_CHUNK})

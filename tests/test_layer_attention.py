@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qwen_sparse import reference
-from qwen_sparse.config import SparseConfig
-from qwen_sparse.coverage import thresholds
-from qwen_sparse.models.attention import Queries, attend, dense_rows
+from qwen_sparse.model.attention import Queries, attend, dense_rows
+from qwen_sparse.model.config import SparseConfig
+from qwen_sparse.model.coverage import thresholds
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen_sparse.models import linear as module
-from qwen_sparse.models.linear import gated_mlp, linear, widens
+from qwen_sparse.model import linear as module
+from qwen_sparse.model.linear import gated_mlp, linear, widens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

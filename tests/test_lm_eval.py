@@ -15,8 +15,8 @@ import torch
 from conftest import DUAL_CHUNK, WriteCheckpoint
 from qwen_sparse import generate, prefill
 from qwen_sparse.demo import load_passkey_model
-from qwen_sparse.likelihood import likelihoods
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.engine.likelihood import likelihoods
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.passkey import make_prompt
 
 CHAT = (

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import qwen_sparse.loader
+import qwen_sparse.model.loader
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, random_tensors, save_tensors
 from qwen_sparse import load_model
-from qwen_sparse.loader import load_config
+from qwen_sparse.model.loader import load_config
 
 
 def test_every_tensor_lands_in_its_place(write_checkpoint: WriteCheckpoint) -> None:
@@ -136,7 +136,7 @@ def test_one_tensor_at_a_time(write_checkpoint: WriteCheckpoint, monkeypatch: py
             most = max(most, sum(reference() is not None for reference in alive))
             return tensor
 
-    real = qwen_sparse.loader.safe_open
+    real = qwen_sparse.model.loader.safe_open
     monkeypatch.setattr(qwen_sparse.loader, "safe_open", Counting)
     load_model(write_checkpoint(shards=2))
     assert len(alive) == len(random_tensors(TINY, 0))

@@ -14,21 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-import qwen_sparse.memory as memory
 from conftest import DUAL_CHUNK, GPU_KERNELS, TINY, WriteCheckpoint
 from qwen_sparse import PagedKVCache, estimate_memory, load_model, ops
-from qwen_sparse.config import ModelConfig
-from qwen_sparse.loader import load_config
-from qwen_sparse.memory import (
-    available_memory,
-    estimate_calibration_memory,
-    format_bytes,
-    index_bytes,
-    peak_resident_memory,
-    resident_memory,
-)
-from qwen_sparse.models import linear
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.base import resources
+from qwen_sparse.base.resources import available_memory, format_bytes, peak_resident_memory, resident_memory
+from qwen_sparse.engine import memory
+from qwen_sparse.engine.memory import estimate_calibration_memory, index_bytes
+from qwen_sparse.model import linear
+from qwen_sparse.model.config import ModelConfig
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.loader import load_config
 from test_config import QWEN25_7B_1M
 
 QWEN_7B = ModelConfig.from_dict(QWEN25_7B_1M)
@@ -267,7 +262,7 @@ def test_control_group_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("2500000\n")
     (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 200000\nactive_file 100000\n")
-    monkeypatch.setattr(memory, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current"),))
+    monkeypatch.setattr(resources, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current"),))
     if available_memory() is None:
         pytest.skip("this system has no /proc")
     assert available_memory() == 800_000  # 500000 unused, 300000 of file pages

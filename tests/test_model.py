@@ -17,9 +17,9 @@ from torch import Tensor
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets, random_tensors, save_tensors
 from qwen_sparse import generate, load_model, ops, prefill, reference
-from qwen_sparse.coverage import thresholds
-from qwen_sparse.memory import format_bytes
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.base.resources import format_bytes
+from qwen_sparse.model.coverage import thresholds
+from qwen_sparse.model.decoder import Decoder
 
 VOCAB = TINY["vocab_size"]
 

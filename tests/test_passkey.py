@@ -11,7 +11,7 @@ import torch
 
 from qwen_sparse import demo, passkey, prefill
 from qwen_sparse.evaluate import Mode
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 
 
 @pytest.mark.parametrize("filler", passkey.FILLERS)

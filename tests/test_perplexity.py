@@ -18,7 +18,7 @@ from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import Mode, evaluate_perplexity
 from qwen_sparse.evaluate.perplexity import divergence, predict_tail, predict_window, references_of, window_ends
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 

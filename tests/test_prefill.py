@@ -12,13 +12,12 @@ import torch
 
 from conftest import DUAL_CHUNK, TINY, WriteCheckpoint, budgets
 from qwen_sparse import PagedKVCache, load_model, prefill
-from qwen_sparse.kv_cache import KVPool
-from qwen_sparse.memory import kv_cache_bytes
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.prefill import chunk_ends
-from qwen_sparse.reference import vertical_slash_mask
+from qwen_sparse.engine.prefill import chunk_ends
+from qwen_sparse.kernels.reference import vertical_slash_mask
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.kv_cache import KVPool, kv_cache_bytes
 
-MODULE = importlib.import_module("qwen_sparse.prefill")  # as an attribute, the name is the function
+MODULE = importlib.import_module("qwen_sparse.engine.prefill")  # as an attribute, the name is the function
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:
@@ -69,7 +68,7 @@ def test_density_counts_pairs(model: Decoder) -> None:
 
     ids = random_ids(600)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen_sparse.models.attention._ops.dual_chunk_attention", spy)
+        patch.setattr("qwen_sparse.model.attention._ops.dual_chunk_attention", spy)
         stats = prefill(model, ids, logits="all").stats
     sparse = [args for args in chosen if args[6] is not None]
     attended = sum(int(vertical_slash_mask(args[6], args[7], 576, 576).sum()) for args in sparse)

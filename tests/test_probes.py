@@ -15,8 +15,8 @@ from qwen_sparse.cli import main
 from qwen_sparse.demo import load_passkey_model
 from qwen_sparse.evaluate import Mode, evaluate_probes, make_probed_text
 from qwen_sparse.evaluate import probes as probes_module
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.tokenizer import Tokenizer
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.tokenizer import Tokenizer
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 NEEDLE = re.compile(r"The ([A-Za-z ]+) is (\d+)\. Remember it\. (\d+) is the ([A-Za-z ]+)\.\n")

@@ -14,13 +14,13 @@ from torch import Tensor
 from conftest import WriteCheckpoint
 from qwen_sparse import generate, load_model, prefill
 from qwen_sparse.cli import main
-from qwen_sparse.loader import load_config
-from qwen_sparse.memory import estimate_memory, weight_bytes
-from qwen_sparse.models import linear as products
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.models.linear import gated_mlp, linear
-from qwen_sparse.models.mlp import Mlp
-from qwen_sparse.models.quantized import Int8Matrix, split_rows
+from qwen_sparse.engine.memory import estimate_memory, weight_bytes
+from qwen_sparse.model import linear as products
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.linear import gated_mlp, linear
+from qwen_sparse.model.loader import load_config
+from qwen_sparse.model.mlp import Mlp
+from qwen_sparse.model.quantized import Int8Matrix, split_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -15,7 +15,7 @@ import torch
 import qwen_sparse
 import simulated
 from qwen_sparse import _C, ops
-from qwen_sparse.rope import dual_chunk_scale_factors
+from qwen_sparse.model.rope import dual_chunk_scale_factors
 from qwen_sparse.testing import random_indexes, random_qkv
 
 q, k, v = random_qkv(70, 200, 4, 2, 64, torch.float32)

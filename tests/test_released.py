@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_sparse import generate_text, load_model, prefill
-from qwen_sparse.likelihood import likelihoods
-from qwen_sparse.models.decoder import Decoder
-from qwen_sparse.tokenizer import Tokenizer
+from qwen_sparse.engine.likelihood import likelihoods
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.tokenizer import Tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
@@ -35,7 +35,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD26
 
 def byte_tokens() -> list[str]:
     """GPT-2's names of the 256 bytes, then three merges of them."""
-    from qwen_sparse.tokenizer import _byte_alphabet
+    from qwen_sparse.model.tokenizer import _byte_alphabet
 
     names = {byte: name for name, byte in _byte_alphabet().items()}
     return [*(names[byte] for byte in range(256)), "th", "the", "Ġthe"]

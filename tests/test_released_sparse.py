@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qwen_sparse.calibrate import measure_budgets
-from qwen_sparse.config import DualChunkConfig, SparseConfig
 from qwen_sparse.evaluate import evaluate_probes
 from qwen_sparse.evaluate.perplexity import divergence, predict_tail
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.config import DualChunkConfig, SparseConfig
+from qwen_sparse.model.decoder import Decoder
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 

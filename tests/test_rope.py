@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import TINY
-from qwen_sparse.config import ModelConfig
-from qwen_sparse.rope import (
+from qwen_sparse.model.config import ModelConfig
+from qwen_sparse.model.rope import (
     attention_factor,
     dual_chunk_scale_factors,
     dual_chunk_temperature,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY
-from qwen_sparse.sampling import LEAST_TEMPERATURE, SEEDS, Sampler
+from qwen_sparse.engine.sampling import LEAST_TEMPERATURE, SEEDS, Sampler
 
 VOCAB = TINY["vocab_size"]
 NONE_SEEN = torch.zeros(1, VOCAB, dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 
 from qwen_sparse import prefill
 from qwen_sparse.demo import load_passkey_model
-from qwen_sparse.kv_cache import PagedKVCache
+from qwen_sparse.model.kv_cache import PagedKVCache
 from qwen_sparse.passkey import make_prompt
 from qwen_sparse.serve import batch as batch_module
 from qwen_sparse.serve.batch import DecodeBatch

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from qwen_sparse import generate, prefill
 from qwen_sparse.demo import load_passkey_model
-from qwen_sparse.kv_cache import PagedKVCache
-from qwen_sparse.memory import kv_cache_bytes
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model.decoder import Decoder
+from qwen_sparse.model.kv_cache import PagedKVCache, kv_cache_bytes
 from qwen_sparse.passkey import make_prompt
-from qwen_sparse.sampling import Sampler
 from qwen_sparse.serve import engine as engine_module
 from qwen_sparse.serve.engine import Engine, EngineOptions, RequestHandle
 from qwen_sparse.serve.requests import (

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from conftest import TINY
-from qwen_sparse.config import ModelConfig
-from qwen_sparse.memory import estimate_memory, kv_cache_bytes
+from qwen_sparse.engine.memory import estimate_memory
+from qwen_sparse.model.config import ModelConfig
+from qwen_sparse.model.kv_cache import kv_cache_bytes
 from qwen_sparse.serve.pages import PageAllocator, page_digests
 from qwen_sparse.serve.plan import EngineOptions, plan_pages, prefill_bytes
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
-from qwen_sparse.sampling import Sampler
+from qwen_sparse.engine.sampling import Sampler
+from qwen_sparse.model.tokenizer import Tokenizer
 from qwen_sparse.serve.errors import ApiError
 from qwen_sparse.serve.generation import SamplingDefaults, generation_request
 from qwen_sparse.serve.limits import MAX_DEPTH, check_json
 from qwen_sparse.serve.protocol import ChatRequest, CompletionRequest, parse
-from qwen_sparse.tokenizer import Tokenizer
 
 SECRET = "the secret of the prompt"
 USER = [{"role": "user", "content": SECRET}]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from conftest import byte_tokenizer
 from qwen_sparse import Tokenizer
-from qwen_sparse.tokenizer import StreamDecoder
+from qwen_sparse.model.tokenizer import StreamDecoder
 
 TEMPLATE = (
     "{% for message in messages %}\n"

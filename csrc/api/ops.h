@@ -1,5 +1,5 @@
 // The ops as bindings.cpp registers them: check, fill in params, run the kernel. Python names and docstrings are in
-// python/qwen_sparse/ops.py.
+// python/qwen_sparse/kernels/ops.py.
 #pragma once
 
 #include <optional>

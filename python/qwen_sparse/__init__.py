@@ -27,13 +27,13 @@ except ImportError as _error:
         f"'pip install --no-build-isolation .' against the torch in use, {_torch.__version__}"
     ) from _error
 
-from . import ops, reference
-from .generate import generate, generate_text, truncate_prompt
-from .kv_cache import PagedKVCache
-from .loader import load_model
-from .memory import estimate_memory
-from .prefill import PrefillResult, prefill
-from .tokenizer import Tokenizer
+from .engine.generate import generate, generate_text, truncate_prompt
+from .engine.memory import estimate_memory
+from .engine.prefill import PrefillResult, prefill
+from .kernels import ops, reference
+from .model.kv_cache import PagedKVCache
+from .model.loader import load_model
+from .model.tokenizer import Tokenizer
 
 __all__ = [
     "PagedKVCache",

@@ -13,8 +13,8 @@ the attention kernels. Columns and distances are chosen as prefill chooses them:
 rows, with the critical rotations under Dual Chunk Attention. Grown budgets select supersets, so recall only rises.
 
 Layers go one after the other: the hidden states of all tokens pass through one layer, in prefill chunks and with dense
-attention, and only that layer's keys and values are kept. ``qwen_sparse.memory.estimate_calibration_memory`` has the
-formula. After every layer a partial result is written beside the output, from which an interrupted run can go on.
+attention, and only that layer's keys and values are kept. ``qwen_sparse.engine.memory.estimate_calibration_memory`` has
+the formula. After every layer a partial result is written beside the output, from which an interrupted run can go on.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import check_integer, check_number
-from .checkpoint import read_json
-from .config import SparseConfig, SparseSwitches, served_columns
-from .machine import machine
-from .memory import available_memory, default_chunk_tokens, estimate_calibration_memory, format_bytes
-from .models.attention import Indexes, Queries
-from .models.decoder import Decoder
+from .base.arguments import check_integer, check_number
+from .base.machine import machine
+from .base.resources import available_memory, format_bytes
+from .engine.memory import default_chunk_tokens, estimate_calibration_memory
+from .engine.prefill import chunk_ends, token_tensor
+from .model.attention import Indexes, Queries
+from .model.checkpoint import read_json
+from .model.config import SparseConfig, SparseSwitches, served_columns
+from .model.decoder import Decoder
 from .passkey import make_prompt
-from .prefill import chunk_ends, token_tensor
 
 __all__ = [
     "BASE_LENGTH",

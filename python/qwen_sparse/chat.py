@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .documents import Document, read_document
-from .generate import StopStrings, generate, stream_text
-from .models.decoder import Decoder
-from .sampling import Sampler
+from .engine.generate import StopStrings, generate, stream_text
+from .engine.sampling import Sampler
+from .model.decoder import Decoder
 
 __all__ = ["ChatSession", "Turn", "run"]
 
@@ -94,7 +94,7 @@ class ChatSession:
         stop: strings that end an answer.
         chunk_tokens: rows per prefill chunk.
         progress: show a bar while 512 or more tokens are prefilled.
-        sampling: the fields of :class:`qwen_sparse.sampling.Sampler`; the repetition penalty counts the whole prompt.
+        sampling: fields of :class:`qwen_sparse.engine.sampling.Sampler`; the repetition penalty counts all the prompt.
 
     Raises:
         FileNotFoundError: the model has no tokenizer.

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from .base.resources import available_memory, format_bytes
+from .base.text import read_text
 from .calibrate import BASE_PAIRS, calibrate, check_length, synthetic_tokens
-from .config import ModelConfig, parse_dtype
-from .documents import read_text
-from .generate import generate_text, truncate_prompt
-from .loader import load_config, load_model, resolve_device
-from .memory import MemoryEstimate, available_memory, estimate_memory, format_bytes
-from .models.decoder import Decoder
+from .engine.generate import generate_text, truncate_prompt
+from .engine.memory import MemoryEstimate, estimate_memory
+from .model.config import ModelConfig, parse_dtype
+from .model.decoder import Decoder
+from .model.loader import load_config, load_model, resolve_device
 from .options import add_config, add_device, add_load_options, add_quantization, load, prepare
 
 __all__ = ["main"]

@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 from . import _C
+from .base.machine import machine
+from .base.resources import format_bytes
 from .evaluate import Mode, answer
 from .evaluate.figures import draw_heat_maps
 from .evaluate.run import check_lengths
-from .loader import load_model
-from .machine import machine
-from .memory import format_bytes
-from .models.decoder import Decoder
+from .model.decoder import Decoder
+from .model.loader import load_model
 from .passkey import PasskeyPrompt, make_prompt
 
 __all__ = ["MODES", "Retrieval", "accuracy_grid", "add_arguments", "load_passkey_model", "retrieve", "run"]

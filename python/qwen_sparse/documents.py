@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Document", "read_document", "read_text"]
+__all__ = ["Document", "read_document"]
 
 
 @dataclass(frozen=True)
@@ -16,20 +15,6 @@ class Document:
 
     name: str
     text: str
-
-
-def read_text(path: str | Path) -> str:
-    """Read a text file; ``-`` is standard input.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8.
-    """
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} must be UTF-8 text, and is not UTF-8 at byte {error.start}") from error
 
 
 def read_document(path: str | Path) -> Document:

@@ -37,12 +37,12 @@ from lm_eval.utils import get_rolling_token_windows
 from torch import Tensor
 from tqdm import tqdm
 
-from .generate import generate_text, truncate_prompt
-from .kv_cache import PagedKVCache
-from .likelihood import likelihoods, of_logits
-from .loader import load_model
-from .models.decoder import AttentionMode
-from .prefill import prefill
+from .engine.generate import generate_text, truncate_prompt
+from .engine.likelihood import likelihoods, of_logits
+from .engine.prefill import prefill
+from .model.decoder import AttentionMode
+from .model.kv_cache import PagedKVCache
+from .model.loader import load_model
 
 __all__ = ["QwenSparseLM", "main"]
 

@@ -7,9 +7,9 @@ import os
 
 import torch
 
-from .loader import load_config, load_model
-from .models.decoder import Decoder
-from .models.quantized import QUANTIZATIONS
+from .model.decoder import Decoder
+from .model.loader import load_config, load_model
+from .model.quantized import QUANTIZATIONS
 
 __all__ = ["add_config", "add_device", "add_load_options", "add_quantization", "load", "prepare"]
 

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from . import ops, rope
-from .checkpoint import parse_json
-from .config import DualChunkConfig, SparseConfig
-from .models.attention import Queries, attend, dense_rows
+from .kernels import ops
+from .model import rope
+from .model.attention import Queries, attend, dense_rows
+from .model.checkpoint import parse_json
+from .model.config import DualChunkConfig, SparseConfig
 
 __all__ = [
     "NAME",

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from qwen_sparse.demo import load_passkey_model
-from qwen_sparse.models.decoder import Decoder
+from qwen_sparse.model.decoder import Decoder
 from qwen_sparse.serve.api import Settings, create_app
 from qwen_sparse.serve.engine import Engine, EngineOptions, Snapshot
 from qwen_sparse.serve.requests import Event, Failed, Finished, GenerationRequest, NewToken, RequestStats, TokenLogprobs

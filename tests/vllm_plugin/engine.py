@@ -16,7 +16,7 @@ from torch import Tensor
 
 import qwen_sparse
 from conftest import DUAL_CHUNK, TINY, budgets, random_tensors, save_tensors
-from qwen_sparse.models.attention import CONTINUATION_ROWS
+from qwen_sparse.model.attention import CONTINUATION_ROWS
 
 CONFIG: dict[str, Any] = {
     **TINY,

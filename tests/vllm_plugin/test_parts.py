@@ -18,10 +18,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, compute_layer_kv_cache_shape_bytes
 
 from conftest import DUAL_CHUNK, budgets
-from qwen_sparse import ops, rope
+from qwen_sparse import ops
+from qwen_sparse.model import rope
 from qwen_sparse.vllm import lengths, register, support
-from qwen_sparse.vllm.backend import DualChunkBackend, split_cache
+from qwen_sparse.vllm.backend import DualChunkBackend
 from qwen_sparse.vllm.metadata import DualChunkMetadataBuilder
+from qwen_sparse.vllm.pages import split_cache
 from qwen_sparse.vllm.projection import key_bias, remember_parent
 
 CHUNK_LEN = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..documents import read_text
-from ..loader import load_model
-from ..machine import machine
-from ..models.decoder import Decoder
+from ..base.machine import machine
+from ..base.text import read_text
+from ..model.decoder import Decoder
+from ..model.loader import load_model
 from ..options import add_config, add_device, add_quantization
 from .figures import draw_heat_maps, draw_lines, require_matplotlib
 from .modes import Mode, default_modes

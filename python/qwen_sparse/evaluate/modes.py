@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from ..config import check_coverage
-from ..models.decoder import Decoder
+from ..model.config import check_coverage
+from ..model.decoder import Decoder
 
 __all__ = ["Mode", "default_modes"]
 

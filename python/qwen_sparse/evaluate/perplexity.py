@@ -3,8 +3,9 @@
 Measured are either the last tokens of a prompt (its *tail*), or windows that run as prefill chunks of their own behind
 their context. What changes from length to length is the context alone. Of a mode that others are compared with, the
 hidden states of measured tokens are kept (tokens x hidden size, in the model's dtype), and logits of both are made from
-them as often as they are needed, :data:`~qwen_sparse.likelihood.LOGIT_ROWS` rows at a time (151,936 words: 156 MB per
-mode and as much again for the comparison): no logits of all measured tokens are ever in memory, and none are rounded.
+them as often as they are needed, :data:`~qwen_sparse.engine.likelihood.LOGIT_ROWS` rows at a time (151,936 words: 156
+MB per mode and as much again for the comparison): no logits of all measured tokens are ever in memory, and none are
+rounded.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import check_integer
-from ..likelihood import LOGIT_ROWS, last_hidden, of_logits
-from ..memory import default_chunk_tokens
-from ..models.decoder import Decoder
-from ..models.stats import ForwardStats
-from ..prefill import prefill, token_tensor
+from ..base.arguments import check_integer
+from ..engine.likelihood import LOGIT_ROWS, last_hidden, of_logits
+from ..engine.memory import default_chunk_tokens
+from ..engine.prefill import prefill, token_tensor
+from ..model.decoder import Decoder
+from ..model.stats import ForwardStats
 from .modes import Mode
 from .run import check_lengths
 
@@ -58,7 +59,7 @@ class Predictions:
     """Attended over causal pairs of the prompt."""
 
     def logits(self) -> Iterator[Tensor]:
-        """float32 ``[m, vocab]``, m <= :data:`~qwen_sparse.likelihood.LOGIT_ROWS`, n rows in all."""
+        """float32 ``[m, vocab]``, m <= :data:`~qwen_sparse.engine.likelihood.LOGIT_ROWS`, n rows in all."""
         if len(self.first):
             yield self.first.clone()  # callers may change what they get
         for rows in torch.split(self.hidden, LOGIT_ROWS):

@@ -18,12 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..arguments import check_integer
-from ..generate import generate
-from ..models.decoder import Decoder
+from ..base.arguments import check_integer
+from ..engine.generate import generate
+from ..engine.prefill import prefill
+from ..model.decoder import Decoder
+from ..model.tokenizer import Tokenizer
 from ..passkey import HEADER, draw_key, question, statement
-from ..prefill import prefill
-from ..tokenizer import Tokenizer
 from .modes import Mode
 from .needles import NEEDLE_LABELS
 from .prompts import Haystack, Needle, answer_tokens, chat_turn, haystack, longest, place

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from ..documents import read_text
+from ..base.text import read_text
+from ..model.tokenizer import Tokenizer
 from ..passkey import GRASS, SENTENCES
-from ..tokenizer import Tokenizer
 
 __all__ = [
     "Draft",

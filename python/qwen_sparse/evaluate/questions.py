@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..documents import read_text
+from ..base.text import read_text
 from .prompts import Draft, Task, place
 
 __all__ = ["Question", "question_answering", "read_questions"]

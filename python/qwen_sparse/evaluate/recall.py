@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..calibrate import measure_budgets, synthetic_tokens
-from ..models.decoder import Decoder
+from ..model.decoder import Decoder
 from .modes import Mode, default_modes
 from .run import check_lengths
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..generate import generate
-from ..memory import default_chunk_tokens
-from ..models.decoder import Decoder
-from ..prefill import check_request, prefill
+from ..engine.generate import generate
+from ..engine.memory import default_chunk_tokens
+from ..engine.prefill import check_request, prefill
+from ..model.decoder import Decoder
 from .modes import Mode
 from .prompts import Prompt, Task, make_prompt
 from .scoring import exact_match, score

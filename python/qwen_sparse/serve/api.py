@@ -22,14 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from .errors import ApiError, ErrorResponse
-from .generation import (
-    ClientGoneError,
-    Generation,
-    SamplingDefaults,
-    failure,
-    generation_request,
-    until_disconnect,
-)
+from .generation import ClientGoneError, Generation, SamplingDefaults, failure, generation_request, until_disconnect
 from .limits import BODY, Body, BodyLimits, KeyCheck, LimitBodies, OriginCheck, check_json
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, parse

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..decoding import StepGraph
-from ..kv_cache import KVPool, PagedKVCache
-from ..models.decoder import Decoder
+from ..engine.decoding import StepGraph
+from ..model.decoder import Decoder
+from ..model.kv_cache import KVPool, PagedKVCache
 
 __all__ = ["DecodeBatch"]
 

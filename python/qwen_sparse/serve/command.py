@@ -11,11 +11,12 @@ import socket
 import sys
 from pathlib import Path
 
-from ..config import ModelConfig, parse_dtype
-from ..loader import check_quantization, resolve_device, resolve_directory
-from ..memory import available_memory, weight_bytes
+from ..base.resources import available_memory
+from ..engine.memory import weight_bytes
+from ..model.config import ModelConfig, parse_dtype
+from ..model.loader import check_quantization, resolve_device, resolve_directory
+from ..model.tokenizer import Tokenizer
 from ..options import add_load_options, load, prepare
-from ..tokenizer import Tokenizer
 from .plan import EngineOptions, plan_pages
 
 __all__ = ["add_arguments", "run"]

@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import PAGE_SIZE
-from ..kv_cache import PagedKVCache
-from ..memory import available_memory, default_chunk_tokens, format_bytes
-from ..models.decoder import Decoder
-from ..prefill import chunk_ends, token_tensor
+from ..base.resources import available_memory, format_bytes
+from ..engine.memory import default_chunk_tokens
+from ..engine.prefill import chunk_ends, token_tensor
+from ..model.config import PAGE_SIZE
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache
 from .batch import DecodeBatch
 from .pages import PageAllocator
 from .plan import EngineOptions, plan_pages, prefill_bytes

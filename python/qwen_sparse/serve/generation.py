@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from ..checkpoint import read_json
-from ..sampling import Sampler
-from ..tokenizer import Tokenizer
+from ..engine.sampling import Sampler
+from ..model.checkpoint import read_json
+from ..model.tokenizer import Tokenizer
 from .errors import ApiError
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest

@@ -13,7 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from ..config import PAGE_SIZE
+from ..model.config import PAGE_SIZE
 
 __all__ = ["PageAllocator", "page_digests"]
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import PAGE_SIZE, ModelConfig
-from ..kv_cache import resolve_kv_cache_dtype
-from ..memory import default_chunk_tokens, estimate_memory, format_bytes, kv_cache_bytes
+from ..base.resources import format_bytes
+from ..engine.memory import default_chunk_tokens, estimate_memory
+from ..model.config import PAGE_SIZE, ModelConfig
+from ..model.kv_cache import kv_cache_bytes, resolve_kv_cache_dtype
 
 __all__ = ["EngineOptions", "plan_pages", "prefill_bytes"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..sampling import Sampler
+from ..engine.sampling import Sampler
 
 __all__ = [
     "Event",

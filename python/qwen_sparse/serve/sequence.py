@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..generate import StopStrings
-from ..kv_cache import PagedKVCache
-from ..models.decoder import Decoder
-from ..models.stats import ForwardStats
-from ..tokenizer import StreamDecoder
+from ..engine.generate import StopStrings
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache
+from ..model.stats import ForwardStats
+from ..model.tokenizer import StreamDecoder
 from .pages import page_digests
 from .requests import Event, Failed, Finished, FinishReason, GenerationRequest, NewToken, RequestStats, TokenLogprobs
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tokenizer import Tokenizer
+from ..model.tokenizer import Tokenizer
 from .requests import Finished, NewToken, Progress, RequestStats, TokenLogprobs
 from .responses import (
     ChatChoice,

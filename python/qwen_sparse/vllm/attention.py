@@ -11,13 +11,14 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl
 
-from .. import ops, rope
-from ..config import DualChunkConfig
-from ..kv_cache import LayerPages
-from ..models.attention import Queries, attend
-from ..models.decoder import DECODE_ROWS
-from .backend import split_cache
+from ..kernels import ops
+from ..model import rope
+from ..model.attention import Queries, attend
+from ..model.config import DualChunkConfig
+from ..model.decoder import DECODE_ROWS
+from ..model.kv_cache import LayerPages
 from .metadata import DualChunkMetadata, Prefill
+from .pages import split_cache
 from .projection import key_bias
 from .support import INT8, check_engine, check_layer, check_rope_theta, sparse_config
 from .workspace import Workspace

@@ -10,9 +10,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from .. import rope
-from ..config import DualChunkConfig
-from ..models.attention import dense_rows
+from ..model import rope
+from ..model.attention import dense_rows
+from ..model.config import DualChunkConfig
 from .lengths import prompt_lengths, watch_runners
 
 __all__ = ["DualChunkMetadata", "DualChunkMetadataBuilder", "Prefill"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.rotary_embedding.dual_chunk_rope import DualChunkRotaryEmbedding
 
-from .. import rope
+from ..model import rope
 from .support import check_version
 
 __all__ = ["KeyRotaryEmbedding", "replace_rotary_embedding", "rotate_keys"]

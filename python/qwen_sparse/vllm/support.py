@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import _C
-from ..config import HEAD_DIMS, SparseConfig, SparseSwitches, check_coverage
+from ..model.config import HEAD_DIMS, SparseConfig, SparseSwitches, check_coverage
 
 __all__ = [
     "ADDITIONAL",

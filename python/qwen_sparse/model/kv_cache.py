@@ -18,11 +18,11 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import ops
-from .arguments import check_integer
+from ..base.arguments import check_integer
+from ..kernels import ops
 from .config import PAGE_SIZE, ModelConfig
 
-__all__ = ["KVPool", "KVRotation", "LayerPages", "PagedKVCache", "Slots", "resolve_kv_cache_dtype"]
+__all__ = ["KVPool", "KVRotation", "LayerPages", "PagedKVCache", "Slots", "kv_cache_bytes", "resolve_kv_cache_dtype"]
 
 _GROWTH = 8  # an append beyond the reserved pages adds at least 1/8 of them: O(1) copies per token
 
@@ -88,6 +88,13 @@ def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dty
             f"got dtype {str(dtype).removeprefix('torch.')}; use 'auto' or 'int8'"
         )
     return torch.bfloat16
+
+
+def kv_cache_bytes(config: ModelConfig, seqlen: int, storage_dtype: torch.dtype) -> int:
+    """Bytes of the pages that hold ``seqlen`` tokens in every layer, scales included."""
+    values = 2 * config.num_kv_heads * config.head_dim * storage_dtype.itemsize
+    scales = 2 * config.num_kv_heads * 4 if storage_dtype == torch.int8 else 0
+    return -(-seqlen // PAGE_SIZE) * PAGE_SIZE * config.num_layers * (values + scales)
 
 
 class KVPool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import check_integer, check_number
+from ..base.arguments import check_integer, check_number
 
 __all__ = ["Sampler"]
 

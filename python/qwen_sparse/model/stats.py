@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..memory import resident_memory
+from ..base.resources import resident_memory
 
 __all__ = ["ForwardStats", "Phase"]
 

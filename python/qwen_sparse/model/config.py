@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ..base.values import LARGEST, boolean, integer, number, refuse_unknown, value
 from .architectures import Experts, architecture_of
 from .checkpoint import parse_json, read_json, weights_dtype
-from .values import LARGEST, boolean, integer, number, refuse_unknown, value
 
 __all__ = [
     "PAGE_SIZE",
@@ -360,7 +360,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     architecture: str = "Qwen2ForCausalLM"
-    """Of :data:`qwen_sparse.architectures.ARCHITECTURES`."""
+    """Of :data:`qwen_sparse.model.architectures.ARCHITECTURES`."""
     attention_bias: bool = True
     """Bias on the q, k and v projections."""
     output_bias: bool = False

@@ -1,6 +1,6 @@
 """The decoders that the package runs: what the config.json of each says beyond what all have in common.
 
-All are one decoder (:mod:`qwen_sparse.models.decoder`) with parts that a config has or has not: biases, norms of query
+All are one decoder (:mod:`qwen_sparse.model.decoder`) with parts that a config has or has not: biases, norms of query
 and key heads, experts, windows. A file here reads them as its architecture means them.
 """
 

@@ -1,4 +1,4 @@
-"""Loading checkpoints: a Hugging Face directory (or hub id) to :class:`~qwen_sparse.models.decoder.Decoder`.
+"""Loading checkpoints: a Hugging Face directory (or hub id) to :class:`~qwen_sparse.model.decoder.Decoder`.
 
 Weights are allocated once in their final, fused form and every tensor is copied straight into its place, so
 the peak is the weights plus one tensor. Headers are compared with the config before anything is allocated.
@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import _C
+from .. import _C
 from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
 from .config import ModelConfig, parse_dtype
-from .models.decoder import AttentionMode, Decoder, DecoderWeights, LayerWeights, check_coverage
-from .models.mlp import ExpertWeights, Mlp
-from .models.quantized import QUANTIZATIONS, Int8Matrix, Matrix, split_rows
+from .decoder import AttentionMode, Decoder, DecoderWeights, LayerWeights, check_coverage
+from .mlp import ExpertWeights, Mlp
+from .quantized import QUANTIZATIONS, Int8Matrix, Matrix, split_rows
 
 __all__ = ["load_config", "load_model", "resolve_device", "resolve_directory"]
 
@@ -41,7 +41,7 @@ def load_model(
     quantization: str | None = None,
 ) -> Decoder:
     """Load a checkpoint of Qwen2, Qwen2.5, Qwen3 or one of their mixtures of experts
-    (:data:`qwen_sparse.architectures.ARCHITECTURES`).
+    (:data:`qwen_sparse.model.architectures.ARCHITECTURES`).
 
     Args:
         path: directory with config.json and safetensors (one file, or shards with their index), or a hub id
@@ -53,7 +53,7 @@ def load_model(
         kv_cache_dtype: "auto" (the model's dtype), "bfloat16" or "int8".
         max_seq_len: most tokens of a sequence, also beyond what the model is made for. None: that, i.e. no limit but
             memory for models with Dual Chunk Attention, and for others max_position_embeddings or, if that is more,
-            YaRN's factor times the original length (:attr:`qwen_sparse.config.ModelConfig.longest`).
+            YaRN's factor times the original length (:attr:`qwen_sparse.model.config.ModelConfig.longest`).
         attention: "auto" prefills sparsely iff the checkpoint has budgets, they are enabled and the prompt is
             longer than their threshold; "dense" never; "sparse" always. "auto" needs budgets (or a coverage) where
             config.json says ``sparse_attention_enabled: true``, "sparse" always does. Rows that are read are dense in
@@ -101,7 +101,7 @@ def load_model(
 
 def check_quantization(quantization: str | None, device: torch.device) -> None:
     """Raises:
-    ValueError: it is none of :data:`~qwen_sparse.models.quantized.QUANTIZATIONS`, or not for that device.
+    ValueError: it is none of :data:`~qwen_sparse.model.quantized.QUANTIZATIONS`, or not for that device.
     """
     if quantization is None:
         return

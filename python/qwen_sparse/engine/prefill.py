@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import check_integer
-from .config import ModelConfig, SparseSwitches
-from .kv_cache import PagedKVCache, resolve_kv_cache_dtype
-from .memory import (
-    available_memory,
-    default_chunk_tokens,
-    estimate_memory,
-    format_bytes,
-    kv_cache_bytes,
-    peak_resident_memory,
-)
-from .models.decoder import Decoder
-from .models.stats import ForwardStats, Phase
+from ..base.arguments import check_integer
+from ..base.resources import available_memory, format_bytes, peak_resident_memory
+from ..model.config import ModelConfig, SparseSwitches
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache, kv_cache_bytes, resolve_kv_cache_dtype
+from ..model.stats import ForwardStats, Phase
+from .memory import default_chunk_tokens, estimate_memory
 
 __all__ = ["PrefillResult", "PrefillStats", "check_request", "prefill", "token_tensor"]
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..config import SparseConfig
-from ..coverage import select_by_coverage
+from ..kernels import ops
+from .config import SparseConfig
+from .coverage import select_by_coverage
 from .stats import ForwardStats
 
 __all__ = [
@@ -99,7 +99,7 @@ class Queries:
         return Indexes(vertical, slash)
 
     def select_by_coverage(self, k: Tensor, scale: float, coverage: float) -> Indexes:
-        """Block groups that keep a share of attention; see :func:`qwen_sparse.coverage.select_by_coverage`."""
+        """Block groups that keep a share of attention; see :func:`qwen_sparse.model.coverage.select_by_coverage`."""
         groups, kept = select_by_coverage(
             self.q,
             k,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..values import boolean, integer, value
+from ...base.values import boolean, integer, value
 
 __all__ = ["Architecture", "Experts", "read_experts", "read_windows", "windows_of_layers"]
 
@@ -21,7 +21,7 @@ class Architecture:
     """In ``architectures``."""
     model_type: str
     read: Callable[[Mapping[str, Any], int], dict[str, Any]]
-    """``read(config.json, num_layers)``: fields of :class:`qwen_sparse.config.ModelConfig` that it decides."""
+    """``read(config.json, num_layers)``: fields of :class:`qwen_sparse.model.config.ModelConfig` that it decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from .arguments import check_integer
+from ..base.arguments import check_integer
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache
+from ..model.tokenizer import StreamDecoder, Tokenizer
 from .decoding import decode
-from .kv_cache import PagedKVCache
 from .memory import default_chunk_tokens
-from .models.decoder import Decoder
 from .prefill import check_request, prefill, token_tensor
 from .sampling import Sampler
-from .tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["StopStrings", "generate", "generate_text", "stream_text", "truncate_prompt"]
 

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .kv_cache import PagedKVCache
-from .models.decoder import Decoder
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache
 from .sampling import Sampler
 
 __all__ = ["StepGraph", "decode"]

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C as _C  # registers torch.ops.qwen_sparse
-from . import _fake as _fake  # and their shape functions
+from .. import _C as _C  # registers torch.ops.qwen_sparse
+from . import fake as fake  # and their shape functions
 
 __all__ = [
     "DualChunkRotary",
@@ -229,7 +229,7 @@ def dual_chunk_attention(
         vertical_indexes, slash_indexes: as in :func:`vertical_slash_attention`; both or neither.
         block_groups: as in :func:`block_group_attention`; not together with indexes.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None. The temperature of prompts longer than
-            the training length goes here, squared (``qwen_sparse.rope.dual_chunk_temperature``).
+            the training length goes here, squared (``qwen_sparse.model.rope.dual_chunk_temperature``).
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -407,7 +407,7 @@ def rotary(
         q: ``[n, num_heads, head_dim]``.
         k: ``[n, num_kv_heads, head_dim]``.
         positions: int64 ``[n]``, absolute positions.
-        inv_freq: float64 ``[head_dim / 2]``, radians per position (``qwen_sparse.rope.inverse_frequencies``).
+        inv_freq: float64 ``[head_dim / 2]``, radians per position (``qwen_sparse.model.rope.inverse_frequencies``).
         attention_factor: factor on cos and sin (YaRN).
         chunk_size, chunk_len: given together, return all rotations of Dual Chunk Attention.
         critical_rows: how many of the last rows get the unclamped rotations that selection needs.
@@ -620,8 +620,9 @@ def decode_attention(
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
         scale_factors: float32 ``[batch]``, a factor on ``softmax_scale`` by sequence, on the device of ``q``; 1 when
             None. For what differs in a batch and grows with every token, such as the squared temperature of Dual Chunk
-            Attention (``qwen_sparse.rope.dual_chunk_scale_factors``). Like ``softmax_scale`` it may be zero or negative
-            and must be finite; on a GPU, whose values the host does not read, a sequence with another factor gets NaN.
+            Attention (``qwen_sparse.model.rope.dual_chunk_scale_factors``). Like ``softmax_scale`` it may be zero or
+            negative and must be finite; on a GPU, whose values the host does not read, a sequence with another factor
+            gets NaN.
         window: row p attends keys j > p - window only.
         return_lse: also return the log-sum-exp, ``[batch, seqlen_q, num_heads]``.
 

@@ -16,8 +16,8 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders
 
+from ..base.text import read_text
 from .checkpoint import read_json
-from .documents import read_text
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 

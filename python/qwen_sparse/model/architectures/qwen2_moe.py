@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..values import boolean, integer
+from ...base.values import boolean, integer
 from .parts import Architecture, read_experts, read_windows
 
 

@@ -29,17 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, rope
-from ..arguments import check_integer
-from ..config import ModelConfig
-from ..kv_cache import KVPool, KVRotation, PagedKVCache, Slots, resolve_kv_cache_dtype
-from ..memory import available_memory, format_bytes, kv_cache_bytes
-from ..tokenizer import Tokenizer
+from ..base.arguments import check_integer
+from ..base.resources import available_memory, format_bytes
+from ..kernels import ops
+from . import rope
 from .attention import CONTINUATION_ROWS, Queries, attend, causal_pairs, rows_of_last_block, window_pairs
+from .config import ModelConfig
+from .kv_cache import KVPool, KVRotation, PagedKVCache, Slots, kv_cache_bytes, resolve_kv_cache_dtype
 from .linear import linear
 from .mlp import ExpertWeights, Mlp
 from .quantized import Int8Matrix, Matrix
 from .stats import ForwardStats
+from .tokenizer import Tokenizer
 
 __all__ = [
     "AttentionMode",

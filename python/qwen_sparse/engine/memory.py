@@ -1,41 +1,29 @@
-"""Memory of weights, KV cache and prefill, in bytes: the formula, and what the machine has left."""
+"""Memory of weights, KV cache and prefill, in bytes, by formula."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from . import _C
-from .arguments import check_integer
-from .config import PAGE_SIZE, ModelConfig, parse_dtype
-from .kv_cache import resolve_kv_cache_dtype
-from .models.linear import WIDEN_ROWS, widened_bytes, widens
-from .models.quantized import QUANTIZATIONS
+from .. import _C
+from ..base.arguments import check_integer
+from ..base.resources import format_bytes
+from ..model.config import ModelConfig, parse_dtype
+from ..model.kv_cache import kv_cache_bytes, resolve_kv_cache_dtype
+from ..model.linear import WIDEN_ROWS, widened_bytes, widens
+from ..model.quantized import QUANTIZATIONS
 
 __all__ = [
     "MemoryEstimate",
-    "available_memory",
     "default_chunk_tokens",
     "estimate_calibration_memory",
     "estimate_memory",
-    "format_bytes",
     "index_bytes",
-    "kv_cache_bytes",
-    "peak_resident_memory",
-    "resident_memory",
     "weight_bytes",
     "weight_elements",
 ]
-
-_CONTROL_GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
-)
 
 
 def default_chunk_tokens(device: torch.device | str | None = None) -> int:
@@ -130,13 +118,6 @@ def _other_elements(config: ModelConfig) -> int:
         one = hidden * (config.experts.num_experts + (config.experts.shared_size is not None))
         routers = one * sum(map(config.experts.of_layer, range(config.num_layers)))
     return config.num_layers * layer + routers + config.vocab_size * hidden + hidden
-
-
-def kv_cache_bytes(config: ModelConfig, seqlen: int, storage_dtype: torch.dtype) -> int:
-    """Bytes of the pages that hold ``seqlen`` tokens in every layer, scales included."""
-    values = 2 * config.num_kv_heads * config.head_dim * storage_dtype.itemsize
-    scales = 2 * config.num_kv_heads * 4 if storage_dtype == torch.int8 else 0
-    return -(-seqlen // PAGE_SIZE) * PAGE_SIZE * config.num_layers * (values + scales)
 
 
 def estimate_memory(
@@ -337,56 +318,3 @@ def index_bytes(
         top_k = 8 * seqlen * min(heads, torch.get_num_threads())
         head = columns + 16 * slash + 8 * -(-(seqlen + 64) // 64)
     return 4 * heads * (vertical + slash) + max(scores + max(partials, top_k), heads * head)
-
-
-def available_memory(device: torch.device | None = None) -> int | None:
-    """Bytes this process can still take on a device; the CPU when None.
-
-    CPU: ``MemAvailable``, or what its control group leaves if that is less; None where the system does not say (no
-    /proc), and callers then skip the check. CUDA: what the driver has left and what torch holds unused.
-    """
-    if device is not None and device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    available = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
-    for directory, limit, usage in _CONTROL_GROUPS:
-        try:
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # not this kind of control group, or "max": no limit
-            continue
-        # File pages (a mapped checkpoint, for one) count as used there but are given back on demand.
-        available.append(left + sum(int(stat.get(key, 0)) for key in ("active_file", "inactive_file")))
-    return max(0, min(available)) if available else None
-
-
-def resident_memory() -> int | None:
-    """Bytes of this process in memory now; None where the system does not say (no /proc)."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return None
-    return int(pages) * resource.getpagesize()
-
-
-def peak_resident_memory() -> int:
-    """Largest resident memory of this process since it started, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def format_bytes(count: int) -> str:
-    """Decimal units, three significant digits: 822400 -> '822 KB', 57_000_000_000 -> '57.0 GB'."""
-    if count < 1000:
-        return f"{count} B"
-    value, unit = count / 1000, "KB"
-    for larger in ("MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f} {unit}"

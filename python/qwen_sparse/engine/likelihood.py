@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kv_cache import PagedKVCache
+from ..model.decoder import Decoder
+from ..model.kv_cache import PagedKVCache
+from ..model.stats import ForwardStats
 from .memory import default_chunk_tokens
-from .models.decoder import Decoder
-from .models.stats import ForwardStats
 from .prefill import check_request, chunk_ends, token_tensor
 
 __all__ = ["LOGIT_ROWS", "Likelihoods", "last_hidden", "likelihoods", "of_logits"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..values import boolean
+from ...base.values import boolean
 from .parts import Architecture, windows_of_layers
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from ..kernels import ops
 from .config import check_coverage
 
 __all__ = ["select_by_coverage", "thresholds"]

@@ -1,0 +1,1 @@
+"""Prefill and generation, sampling, likelihoods, and the memory that they take."""

@@ -1,0 +1,1 @@
+"""The ops, their definitions in PyTorch, and their shape functions."""
