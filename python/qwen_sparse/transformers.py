@@ -197,7 +197,7 @@ def enable_vertical_slash(
 
 
 def enable_block_groups(model: nn.Module, *, coverage: float = 0.95, threshold: int = 32768) -> Enabled:
-    """Prefill with block groups (:mod:`qwen_sparse.coverage`) where a prompt is longer than ``threshold``.
+    """Prefill with block groups (:mod:`qwen_sparse.model.coverage`) where a prompt is longer than ``threshold``.
 
     Each head and block of 64 rows attends the groups of 16 keys that are estimated to matter to it; no budgets needed.
 

@@ -18,8 +18,8 @@ class Mode:
     """How to run a model. Its name is ``rope`` or ``dca``, then ``+sparse`` or ``+coverage0.95``, then ``+int8``.
 
     Without the second part prefill is dense. ``sparse`` is vertical-slash attention by the checkpoint's budgets,
-    ``coverage`` block groups that keep that share of attention (:mod:`qwen_sparse.coverage`); both prefill every prompt
-    sparsely, also one that the checkpoint's threshold would leave dense.
+    ``coverage`` block groups that keep that share of attention (:mod:`qwen_sparse.model.coverage`); both prefill every
+    prompt sparsely, also one that the checkpoint's threshold would leave dense.
     """
 
     dual_chunk: bool

@@ -236,7 +236,7 @@ class SparseConfig:
     last_q: int = 64
     """Query rows that vote in the selection; at most 64."""
     coverage: float | None = None
-    """Share of attention that block groups are chosen to keep (:mod:`qwen_sparse.coverage`), in (0, 1); no budgets."""
+    """Share of attention that block groups keep (:mod:`qwen_sparse.model.coverage`), in (0, 1); no budgets then."""
 
     def __post_init__(self) -> None:
         for name, minimum, maximum in (("threshold", 0, LARGEST), ("last_q", 1, 64)):

@@ -10,7 +10,7 @@ Which attention runs:
 
 - rotations: plain RoPE in ``forward`` while the sequence fits the chunk length (Dual Chunk Attention equals it
   there), else the three rotations of Dual Chunk Attention (arXiv 2402.17463);
-- keys: for a sparse prefill, by the config, block groups (chosen per head and 64 rows, :mod:`qwen_sparse.coverage`)
+- keys: for a sparse prefill, by the config, block groups (by head and 64 rows, :mod:`qwen_sparse.model.coverage`)
   or vertical-slash attention (chosen per head and prefill chunk, MInference, arXiv 2407.02490), but for the prompt's
   last block, whose rows are read; else all, or the window of a layer that has one. Up to 16 dense rows read the
   cache's pages directly, more read its workspace.
