@@ -59,8 +59,8 @@ def load_model(
             config.json says ``sparse_attention_enabled: true``, "sparse" always does. Rows that are read are dense in
             any case: a prompt's last block, and up to 512 on top of a cache.
         coverage: share of attention over all rows, in (0, 1), that sparse prefill is to keep by block groups, chosen
-            per head and 64 rows (:mod:`qwen_sparse.model.coverage`); the checkpoint needs no budgets then, and its own are
-            not used. None: vertical-slash attention by budgets.
+            per head and 64 rows (:mod:`qwen_sparse.model.coverage`); the checkpoint needs no budgets then, and its own
+            are not used. None: vertical-slash attention by budgets.
         config: a file to read instead of config.json: one beside it by its name (``"config_1m.json"`` of
             Qwen3-2507), or any by its path.
         quantization: None, or "int8": the matrices of layers and output in 8 bits with a scale per row, quantised as
