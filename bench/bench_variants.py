@@ -5,7 +5,8 @@
 
 Every variant keeps the rows of the last block dense, as prefill does, and all others sparse in all layers.
 
-- ``base``: block groups as docs/block-groups.md defines them, one coverage for all.
+- ``base``: block groups as docs/block-groups.md defines them, one coverage for all; and the share of attended groups
+  that lies in blocks of which more than 80 % are attended (``in_dense_blocks``), where dense attention may be faster.
 - ``layers``, ``heads``: a factor on the thresholds of each layer, or head, so that all of them keep the same recall of
   the calibration text (prose), found among the factors of ``FACTORS``.
 - ``groups-8``: groups of 8 keys, estimated from means of 8 keys.
@@ -45,6 +46,7 @@ VARIANTS = ["base", "layers", "heads", "groups-8", "by-head"]
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 BLOCK, ROWS = 64, 1024  # rows of a block; rows that are masked at a time
 SHARES_OF_COLUMNS = (0.0, 0.5, 1.0)  # of the pairs that a head spends on columns; the others go to distances
+DENSE = 0.8
 KEPT_PREFIX = 32  # keys that every block attends
 
 
@@ -70,9 +72,9 @@ def main() -> None:
             runner = by_method(model, f"groups:{coverage}")
             if variant in ("layers", "heads"):
                 factors = equal_recall(model, prose, coverage, recalls, by_layer=variant == "layers")
-                chosen: contextlib.AbstractContextManager[Any] = with_factors(factors)
+                chosen: contextlib.AbstractContextManager[dict[str, Any] | None] = with_factors(factors)
             else:
-                chosen = contextlib.nullcontext() if variant == "base" else with_masks(variant, coverage)
+                chosen = counting_dense_blocks() if variant == "base" else with_masks(variant, coverage)
             with chosen as extra:
                 found, _ = predict(runner, tokens, arguments.tail)
             far = divergence(dense, found)
@@ -120,6 +122,29 @@ def equal_recall(
         step = 0.0 if curve[low] <= curve[high] else (curve[low] - coverage) / (curve[low] - curve[high])
         result[place[0], place[1]] = math.exp(logs[low] + min(max(step, 0.0), 1.0) * (logs[high] - logs[low]))
     return (result / share).float()
+
+
+@contextlib.contextmanager
+def counting_dense_blocks() -> Iterator[dict[str, Any]]:
+    """Yields what is to be reported of the block groups that are chosen meanwhile."""
+    report: dict[str, Any] = {}
+    attended = dense = 0
+    choose = coverages.select_by_coverage
+
+    def select(q: Tensor, k: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        nonlocal attended, dense
+        groups, kept = choose(q, k, **rest)
+        counts = sum(((groups >> bit) & 1).sum(2) for bit in range(32))
+        assert isinstance(counts, Tensor)
+        last = k.shape[0] // BLOCK - groups.shape[1]  # blocks before the first
+        causal = (last + 1 + torch.arange(groups.shape[1])) * (BLOCK // 16)
+        attended += int(counts.sum())
+        dense += int(counts[counts > DENSE * causal].sum())
+        report["in_dense_blocks"] = dense / attended
+        return groups, kept
+
+    with mock.patch.object(attention, "select_by_coverage", select):
+        yield report
 
 
 @contextlib.contextmanager

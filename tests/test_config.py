@@ -130,7 +130,10 @@ MOE = {
             | {"dual_chunk_attention_config": DUAL_CHUNK},
             "dual_chunk_attention_config must be absent where layers have sliding windows",
         ),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights are not supported, got 'gptq'"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method must be .*, got 'bitsandbytes'",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type must be 'default' or 'yarn', got 'linear'"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor is missing"),
         (
@@ -162,8 +165,8 @@ MOE = {
         (MOE | {"mlp_only_layers": 1}, "mlp_only_layers must be a list of layer numbers, got 1"),
         (MOE | {"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"use_sliding_window": "no"}, "use_sliding_window must be true or false, got 'no'"),
-        ({"quantization_config": "gptq"}, "quantised weights are not supported, got 'gptq'"),
-        ({"quantization_config": []}, r"quantised weights are not supported, got \[\]"),
+        ({"quantization_config": "gptq"}, "quantization_config must be an object, got 'gptq'"),
+        ({"quantization_config": []}, r"quantization_config must be an object, got \[\]"),
         ({"eos_token_id": 1.5}, r"eos_token_id must be an integer in \[0, 2147483647\], got 1.5"),
         ({"eos_token_id": "abc"}, "eos_token_id must be an integer .*, got 'abc'"),
         ({"eos_token_id": True}, "eos_token_id must be an integer .*, got True"),

@@ -209,7 +209,7 @@ def test_lfs_pointers(name: str, write_checkpoint: WriteCheckpoint) -> None:
             "pytorch_model-00001-of-00002.bin",
             "-00001-of-00002.bin holds pickled weights, .*save_pretrained",
         ),
-        ("model-q4_k_m.gguf", "there is model-q4_k_m.gguf: GGUF is not read"),
+        ("model-q4_k_m.gguf", "there is model-q4_k_m.gguf: give its own path to read it"),
         ("model.safetensors.incomplete", "model.safetensors.incomplete: the download did not finish"),
     ],
 )

@@ -95,7 +95,7 @@ def _other_weights(directory: Path) -> str:
     for kind in (".gguf", ".part", ".incomplete"):
         found = [name for name in names if name.endswith(kind)]
         if found:
-            why = "GGUF is not read" if kind == ".gguf" else "the download did not finish"
+            why = "give its own path to read it" if kind == ".gguf" else "the download did not finish"
             return f"; there is {found[0]}: {why}"
     return ""
 

@@ -15,6 +15,8 @@ import torch
 from ..base.values import LARGEST, boolean, integer, number, refuse_unknown, value
 from .architectures import Experts, architecture_of
 from .checkpoint import parse_json, read_json, weights_dtype
+from .formats import WeightFormat
+from .gguf import GgufFile, is_gguf
 
 __all__ = [
     "PAGE_SIZE",
@@ -378,6 +380,8 @@ class ModelConfig:
     sparse: SparseConfig | None = None
     sparse_switches: SparseSwitches = SparseSwitches()
     """Of a checkpoint without budgets; :attr:`sparse` has its own."""
+    weight_format: WeightFormat | None = None
+    """Of a checkpoint whose matrices are stored in fewer bits."""
 
     def __post_init__(self) -> None:
         if self.windows and self.dual_chunk is not None:
@@ -465,6 +469,7 @@ class ModelConfig:
             raise ValueError(f"{where}: dual_chunk_attention_config must be an object, got {dual_chunk!r}")
         budgets = dual_chunk.get("sparse_attention_config") if budgets is None else budgets
         switches = SparseSwitches.from_dual_chunk(dual_chunk, budgets=budgets is not None)
+        stored = raw.get("quantization_config")
         return cls(
             vocab_size=integer(raw, "vocab_size", where),
             hidden_size=hidden_size,
@@ -489,6 +494,7 @@ class ModelConfig:
             if budgets is None
             else SparseConfig.from_budgets(budgets, num_layers=num_layers, num_heads=num_heads, **asdict(switches)),
             sparse_switches=switches if budgets is None else SparseSwitches(),
+            weight_format=None if stored is None else WeightFormat.from_dict(stored),
         )
 
     @classmethod
@@ -496,7 +502,7 @@ class ModelConfig:
         """From config.json, generation_config.json (its EOS tokens) and sparse_attention_config.json.
 
         Args:
-            path: the checkpoint's directory.
+            path: the checkpoint's directory, or a GGUF file, whose header is read instead.
             config: another file than config.json: one in the directory by its name (Qwen3-2507 has config_1m.json), or
                 any by its path.
 
@@ -505,6 +511,8 @@ class ModelConfig:
             ValueError: a file is not JSON, or see :meth:`from_dict`.
         """
         path = Path(path)
+        if is_gguf(path) and config is None:
+            return cls.from_dict(GgufFile(path).config())
         file = path / ("config.json" if config is None else config)
         if config is not None and not file.is_file():
             file = Path(config)
@@ -526,10 +534,6 @@ class ModelConfig:
 def _check_supported(raw: Mapping[str, Any]) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"quantization_config must be absent: quantised weights are not supported, got {method!r}")
 
 
 def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:

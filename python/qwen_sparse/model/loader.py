@@ -6,10 +6,12 @@ the peak is the weights plus one tensor. Headers are compared with the config be
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +21,8 @@ from .. import _C
 from .checkpoint import FLOAT_DTYPES, StoredTensor, stored_tensors, weight_files
 from .config import ModelConfig, parse_dtype
 from .decoder import AttentionMode, Decoder, DecoderWeights, LayerWeights, check_coverage
+from .formats import LogicalTensor, logical_tensors
+from .gguf import GgufFile, GgufTensor, is_gguf
 from .mlp import ExpertWeights, Mlp
 from .quantized import QUANTIZATIONS, Int8Matrix, Matrix, split_rows
 
@@ -44,8 +48,10 @@ def load_model(
     (:data:`qwen_sparse.model.architectures.ARCHITECTURES`).
 
     Args:
-        path: directory with config.json and safetensors (one file, or shards with their index), or a hub id
-            ("Qwen/Qwen2.5-7B-Instruct-1M"; needs the package huggingface_hub).
+        path: directory with config.json and safetensors (one file, or shards with their index); a GGUF file (needs the
+            package gguf); or a hub id ("Qwen/Qwen2.5-7B-Instruct-1M"; needs the package huggingface_hub). Matrices
+            that are stored in fewer bits (:class:`qwen_sparse.model.formats.WeightFormat`, GGUF) become numbers of
+            ``dtype``, or what ``quantization`` makes of them.
         device: "cpu", "cuda" or "cuda:N" (compute capability 8.0 or newer, 16-bit dtypes); "auto" is the current
             CUDA device if there is one, this build has CUDA kernels and the dtype is not float32; else the CPU.
         dtype: "auto" (the checkpoint's: of config.json, or of the embedding where it has none), "bfloat16", "float16"
@@ -122,20 +128,18 @@ def load_config(path: str | Path, *, config: str | Path | None = None) -> ModelC
 
 
 def resolve_directory(path: str | Path, *, files: tuple[str, ...] = _HUB_FILES) -> Path:
-    """A local directory as it is; a hub id is downloaded (or found in the hub's cache) with ``files``.
+    """A local directory or GGUF file as it is; a hub id is downloaded (or found in the hub's cache) with ``files``.
 
     Raises:
         FileNotFoundError: neither a directory nor something that looks like a hub id, or the hub does not
             have it.
         ValueError: a hub id, but huggingface_hub is not installed.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or is_gguf(Path(path)):
         return Path(path)
     if Path(path).is_file():
-        kind = "GGUF files are not read; " if Path(path).suffix == ".gguf" else ""
         raise FileNotFoundError(
-            f"a model is a directory with config.json and safetensors, and {path} is a file: {kind}give the directory "
-            "of a checkpoint in Hugging Face's format"
+            f"a model is a directory with config.json and safetensors, or a .gguf file, and {path} is another file"
         )
     if not isinstance(path, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         raise FileNotFoundError(f"no model directory at {path} (and it is not a hub id of the form 'owner/name')")
@@ -287,17 +291,17 @@ def _may_ignore(name: str, config: ModelConfig) -> bool:
     return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
 
 
-def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Matrix], config: ModelConfig) -> None:
+def _check_tensors(
+    stored: Mapping[str, LogicalTensor | GgufTensor], targets: dict[str, Matrix], config: ModelConfig
+) -> None:
     missing = [name for name in targets if name not in stored]
     extra = [name for name in stored if name not in targets and not _may_ignore(name, config)]
     mis_shaped = [
         f"{name} {list(stored[name].shape)}, not {list(target.shape)}"
         for name, target in targets.items()
-        if name in stored and stored[name].shape != tuple(target.shape)
+        if name in stored and stored[name].is_number and stored[name].shape != tuple(target.shape)
     ]
-    no_floats = [
-        f"{name} {stored[name].dtype}" for name in targets if name in stored and stored[name].dtype not in FLOAT_DTYPES
-    ]
+    no_floats = [f"{name} {stored[name].dtype}" for name in targets if name in stored and not stored[name].is_number]
     problems = [
         f"{kind} {len(names)}: {', '.join(sorted(names)[:_NAMES_SHOWN])}"
         + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
@@ -313,19 +317,42 @@ def _check_tensors(stored: dict[str, StoredTensor], targets: dict[str, Matrix], 
         raise ValueError(f"the checkpoint's tensors do not fit its config; {'; '.join(problems)}")
 
 
+class _Files:
+    """Tensors of safetensors files, of which one is open at a time."""
+
+    def __init__(self, headers: dict[str, StoredTensor]) -> None:
+        self._headers = headers
+        self._open: tuple[Path, Any] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """A stored tensor."""
+        file = self._headers[name].file
+        if self._open is None or self._open[0] != file:
+            self._stack.close()
+            self._open = file, self._stack.enter_context(safe_open(file, framework="pt"))
+        tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+
 @torch.no_grad()
 def _load_weights(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> DecoderWeights:
-    files = weight_files(directory)
-    stored = stored_tensors(files)
+    headers = {} if is_gguf(path) else stored_tensors(weight_files(path))
+    stored = GgufFile(path).tensors() if is_gguf(path) else logical_tensors(headers, config.weight_format)
     _check_tensors(stored, dict(_targets(config, empty_weights(config, dtype, torch.device("meta")))), config)
     weights = empty_weights(config, dtype, device, quantization)
     targets = dict(_targets(config, weights))
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in (name for name, entry in stored.items() if entry.file == file and name in targets):
-                targets[name].copy_(tensors.get_tensor(name))  # one tensor at a time, cast on the way
+    with _Files(headers) as files:
+        for name in sorted(targets, key=lambda name: str(stored[name].file)):
+            targets[name].copy_(stored[name].read(files.read))  # one tensor at a time, cast on the way
     if config.tie_word_embeddings and weights.lm_head is not weights.embedding:
         weights.lm_head.copy_(weights.embedding)
     return weights

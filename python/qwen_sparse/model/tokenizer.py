@@ -18,6 +18,7 @@ from tokenizers import decoders
 
 from ..base.text import read_text
 from .checkpoint import read_json
+from .gguf import GgufFile, is_gguf
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
@@ -57,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """From ``tokenizer.json``, with ``tokenizer_config.json`` and ``chat_template.jinja`` if any.
+        """From ``tokenizer.json``, with ``tokenizer_config.json`` and ``chat_template.jinja`` if any; or a GGUF file.
 
         Raises:
             FileNotFoundError: there is no tokenizer.json.
@@ -67,13 +68,20 @@ class Tokenizer:
         file, config_file, template_file = (
             path / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         )
-        if not file.is_file():
+        header = GgufFile(path) if is_gguf(path) else None
+        if header is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {path}")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            if header is None:
+                backend = tokenizers.Tokenizer.from_file(str(file))
+            else:
+                backend = tokenizers.Tokenizer.from_str(json.dumps(header.tokenizer()))
         except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer: {error}") from error
-        config = read_json(config_file) if config_file.is_file() else {}
+            raise ValueError(f"{file if header is None else path} is not a tokenizer: {error}") from error
+        if header is None:
+            config = read_json(config_file) if config_file.is_file() else {}
+        else:
+            config = header.tokenizer_config()
         template = _default_template(config.get("chat_template"), config_file)
         if template_file.is_file():
             template = read_text(template_file)
