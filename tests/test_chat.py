@@ -248,7 +248,7 @@ def test_refused_questions_and_documents_are_taken_back(
     session = ChatSession(replace(passkey_model, max_seq_len=5000), max_new_tokens=20)
     session.add_documents(document)
     session.ask(QUESTION, ignore)
-    with pytest.raises(ValueError, match=r"at most max_seq_len = 5000 tokens, got .* 20 new = "):
+    with pytest.raises(ValueError, match=r"at most max_seq_len = 5000 tokens, got .* 1 new = "):
         session.ask("x" * 1000, ignore)
     with pytest.raises(ValueError, match="at most max_seq_len = 5000 tokens"):
         session.add_documents(Document("long.txt", "x" * 1000))
@@ -314,6 +314,9 @@ def encrypted(content: bytes, user_password: str) -> bytes:
     [
         ("a.txt", "Grüße\n".encode(), "Grüße\n"),
         ("a.md", b"\xef\xbb\xbf# Title", "# Title"),
+        ("a.txt", "Grüße\r\n🙂".encode("utf-16"), "Grüße\n🙂"),
+        ("a.txt", b"\xfe\xff" + "Grüße".encode("utf-16-be"), "Grüße"),
+        ("a.txt", b"one\r\ntwo\rthree", "one\ntwo\nthree"),
         ("a.pdf", pdf("The pass key is 28884.", "", "Remember it."), "The pass key is 28884.\n\n\n\nRemember it."),
         ("no_suffix", pdf("The end."), "The end."),
         ("for_all.pdf", encrypted(pdf("Not to be printed."), ""), "Not to be printed."),
@@ -321,20 +324,53 @@ def encrypted(content: bytes, user_password: str) -> bytes:
 )
 def test_documents(tmp_path: Path, name: str, content: bytes, text: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert read_document(tmp_path / name) == Document(name, text)
+    document = read_document(tmp_path / name)
+    assert (document.name, document.text) == (name, text)
+
+
+def test_pages_without_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(pdf("One.", "", "Three.", ""))
+    document = read_document(tmp_path / "a.pdf")
+    assert document.blank_pages == (2, 4)
+    assert document.warning() == "a.pdf: no text on pages 2, 4"
+    assert Document("a", "text", (7,)).warning() == "a: no text on page 7"
+    first = ", ".join(map(str, range(1, 21)))
+    assert Document("a", "text", tuple(range(1, 31))).warning() == f"a: no text on pages {first} and 10 more"
+    assert Document("a", "text").warning() is None
+
+
+def test_pdf_files_that_are_mended_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.pdf").write_bytes(pdf("Text.").replace(b"startxref\n", b"startxref\n7"))
+    assert read_document(tmp_path / "a.pdf").text == "Text."
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"ok \xff", r"a\.txt must be UTF-8 text or PDF, and is not UTF-8 at byte 3"),
+        ("a.txt", b"ok \xff", r"a\.txt must be UTF-8 text, and is not UTF-8 at byte 3"),
+        (
+            "a.txt",
+            "ab".encode("utf-16-le"),
+            r"a\.txt must be text, and has a NUL character at 1: it is",
+        ),
+        ("a.txt", b"\xff\xfea\x00\x00", r"a\.txt must be UTF-16 text, and is not UTF-16 at byte 4"),
         ("a.txt", b" \n", r"a\.txt is empty"),
         ("a.pdf", pdf(""), r"a\.pdf holds no text: pages that are pictures"),
         ("a.pdf", encrypted(pdf("Secret."), "password"), r"a\.pdf is encrypted"),
         ("a.pdf", b"not at all", r"a\.pdf is not a readable PDF file: "),
         ("a.pdf", b"", r"a\.pdf is not a readable PDF file: "),
     ],
-    ids=["not_utf8", "empty", "textless", "encrypted", "damaged", "empty_pdf"],
+    ids=[
+        "not_utf8",
+        "utf16_without_mark",
+        "half_a_character",
+        "empty",
+        "textless",
+        "encrypted",
+        "damaged",
+        "empty_pdf",
+    ],
 )
 def test_documents_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)

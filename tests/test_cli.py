@@ -64,7 +64,7 @@ def test_options_reach_the_model(
 
     monkeypatch.setattr("qwen_sparse.cli.generate_text", spy)
     options = "--sparse --kv-cache-dtype int8 --dtype bfloat16 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3"
-    options += " --repetition-penalty 1.1 --stop END --stop STOP --chunk-tokens 64 --max-seq-len 300 --truncate tail"
+    options += " --min-p 0.1 --repetition-penalty 1.1 --stop END --stop STOP --chunk-tokens 64 --max-seq-len 300 --truncate tail"
     code, out, _ = run(
         capsys, "generate", "--model", checkpoint, "--prompt", "x" * 400, "--max-new-tokens", "9", *options.split()
     )
@@ -78,6 +78,7 @@ def test_options_reach_the_model(
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 7,
+        "min_p": 0.1,
         "repetition_penalty": 1.1,
         "stop": ["END", "STOP"],
         "seed": 3,
@@ -206,8 +207,10 @@ def test_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--context", "1000", "50000", "--batch", "1", "32", "--dtype", "bfloat16"]
     code, out, err = run(capsys, "memory", "--model", checkpoint, *options)
     assert (code, err) == (0, "")
-    *table, line = out.splitlines()
-    records = json.loads(line)
+    table = out.splitlines()
+    code, out, err = run(capsys, "memory", "--model", checkpoint, *options, "--json")
+    assert (code, err) == (0, "")
+    records = json.loads(out)
     assert len(table) == 2 + len(records) == 10
     config = qwen_sparse.model.config.ModelConfig.from_directory(checkpoint)
     for row, record in zip(table[2:], records, strict=True):
@@ -251,7 +254,7 @@ def test_memory_on_a_gpu_needs_none(checkpoint: Path, capsys: pytest.CaptureFixt
         code, out, _ = run(capsys, *arguments)
         assert code == 0
         assert out.startswith(f"{checkpoint} on {options[-1]}, weights and activations in bfloat16")
-        return int(json.loads(out.splitlines()[-1])[0]["activations"])
+        return int(json.loads(run(capsys, *arguments, "--json")[1])[0]["activations"])
 
     config = qwen_sparse.model.config.ModelConfig.from_directory(checkpoint)
     for device in ("cpu", "cuda:98"):
@@ -267,9 +270,7 @@ def test_memory_defaults_to_what_the_model_is_for(
     write_checkpoint: WriteCheckpoint, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def contexts(directory: Path) -> list[int]:
-        return [
-            record["context"] for record in json.loads(run(capsys, "memory", "--model", directory)[1].splitlines()[-1])
-        ]
+        return [record["context"] for record in json.loads(run(capsys, "memory", "--model", directory, "--json")[1])]
 
     assert max(contexts(checkpoint)) == 2**20
     assert max(contexts(write_checkpoint("plain", max_position_embeddings=32768))) == 32768

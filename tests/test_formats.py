@@ -182,7 +182,7 @@ def test_quantised_again(write_checkpoint: WriteCheckpoint) -> None:
             "checkpoint_format must be one of gptq",
         ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version must be one of gemm, GEMM, got 'gemv'"),
-        ({"quant_method": "awq"}, "bits must be given"),
+        ({"quant_method": "awq"}, "quantization_config: bits is missing"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"two positive integers, got \[128\]"),
         (
             {"quant_method": "compressed-tensors", "format": "marlin-24"},
@@ -242,7 +242,7 @@ def test_one_matrix_at_a_time(write_checkpoint: WriteCheckpoint, monkeypatch: py
     read = loader._Files.read
     monkeypatch.setattr(loader._Files, "read", lambda self, name: (order.append(name), read(self, name))[1])
     load_model(directory)
-    stems = [name.rpartition(".")[0] for name in order]
+    stems = [name.rpartition(".")[0] for name in order if not name.endswith(".bias")]
     runs = [stem for before, stem in zip(["", *stems], stems, strict=False) if stem != before]
     assert len(runs) == len(set(runs))
     assert sorted(order) == sorted(stored)

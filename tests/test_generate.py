@@ -195,11 +195,17 @@ def test_logits_of_a_broken_model(model: Decoder) -> None:
         next(generate(broken, PROMPT, temperature=1.0))
 
 
-def test_length_is_checked_with_the_output(model: Decoder) -> None:
+def test_the_longest_sequence_ends_the_output(model: Decoder) -> None:
     limited = replace(model, max_seq_len=len(PROMPT) + 5)
-    assert len(list(generate(limited, PROMPT, max_new_tokens=5))) == 5
-    with pytest.raises(ValueError, match=rf"got 0 cached \+ {len(PROMPT)} prompt \+ 6 new"):
-        generate(limited, PROMPT, max_new_tokens=6)
+    expected = list(generate(model, PROMPT, max_new_tokens=9))
+    assert list(generate(limited, PROMPT, max_new_tokens=5)) == expected[:5]
+    assert list(generate(limited, PROMPT, max_new_tokens=6)) == expected[:5]
+    cache = limited.new_cache()
+    list(generate(limited, PROMPT, max_new_tokens=3, cache=cache))
+    assert list(generate(limited, expected[2:3], max_new_tokens=1000, cache=cache)) == expected[3:5]
+    full = replace(model, max_seq_len=len(PROMPT))
+    with pytest.raises(ValueError, match=rf"got 0 cached \+ {len(PROMPT)} prompt \+ 1 new"):
+        generate(full, PROMPT)
 
 
 # --- Text ---

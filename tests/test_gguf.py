@@ -46,7 +46,7 @@ def test_a_file_is_the_checkpoint_made_of_it(gguf: Path, tmp_path: Path) -> None
 
 
 def test_commands_take_a_file(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["memory", "--model", str(gguf), "--lengths", "4k"]) == 0
+    assert main(["memory", "--model", str(gguf), "--context", "4096"]) == 0
     assert "KV cache" in capsys.readouterr().out
     command = ["generate", "--model", str(gguf), "--prompt", "the house", "--max-new-tokens", "2", "--device", "cpu"]
     assert main(command) == 0

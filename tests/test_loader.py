@@ -221,9 +221,9 @@ def test_other_weights(name: str, message: str, write_checkpoint: WriteCheckpoin
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "qwen2.5.gguf"
+    file = tmp_path / "qwen2.5.safetensors"
     file.write_bytes(b"GGUF")
-    with pytest.raises(FileNotFoundError, match=r"qwen2.5.gguf is a file: GGUF files are not read; give the directory"):
+    with pytest.raises(FileNotFoundError, match=r"or a .gguf file, and .*qwen2.5.safetensors is another file"):
         load_model(file)
 
 

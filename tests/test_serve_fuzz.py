@@ -30,7 +30,7 @@ NOTHING_TO_GET_WRONG = ("/health", "/metrics")
 BEYOND_SCHEMAS = re.compile(
     "must have at least one token|content must be a string or a list of text parts, got None|"
     "goes with (stream|logprobs) = true only|must be equal where both are given|"
-    "at most max_model_len = 160 tokens|vocab_size = 264"
+    "at most 159 tokens, one less than max_model_len|vocab_size = 264"
 )
 """What a request that fits the document may be refused for."""
 

@@ -49,6 +49,7 @@ HARMLESS = {
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
 }
+HINTS = {"cache_prompt": True, "prompt_cache_retention": "24h"}
 HARMLESS_IN_CHAT = {
     "logprobs": False,
     "top_logprobs": 0,
@@ -94,7 +95,6 @@ def test_null_is_as_good_as_absent() -> None:
         ("frequency_penalty", -1, "0"),
         ("store", True, "false"),
         ("service_tier", "flex", "'auto' or 'default'"),
-        ("min_p", 0.1, "0"),
         ("min_tokens", 3, "0"),
         ("skip_special_tokens", False, "true"),
         ("include_stop_str_in_output", True, "false"),
@@ -300,9 +300,33 @@ def test_parameters_reach_the_engine() -> None:
     assert (ignoring.stop_token_ids, ignoring.stop, ignoring.max_new_tokens) == (frozenset(), ("x",), None)
 
 
+def test_hints_about_caching_change_nothing() -> None:
+    part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    sent = {"role": "assistant", "content": [part], "id": "msg_1", "reasoning_content": None, "reasoning": None}
+    request = parse_chat(messages=[{**USER[0], "cache_control": {"type": "ephemeral"}}, sent, USER[0]], **HINTS)
+    assert [message.content for message in request.messages] == [USER[0]["content"], "Hi", USER[0]["content"]]
+    with pytest.raises(ApiError, match=r"^messages\[0\]\.reasoning_content .* got 'Because'$"):
+        parse_chat(messages=[{**sent, "reasoning_content": "Because"}])
+    with pytest.raises(ApiError, match=r"part 0 must have the keys 'type' and 'text', a string"):
+        parse_chat(messages=[{"role": "user", "content": [{**part, "weight": 1}]}])
+
+
+def test_unknown_parameters_can_be_ignored() -> None:
+    body = json.dumps({"messages": [{**USER[0], "weight": 1}], "temprature": 1, "top_k": 5}).encode()
+    request = parse(ChatRequest, body, ignore_unknown=True)
+    assert request.top_k == 5
+    assert request.messages[0].content == USER[0]["content"]
+    with pytest.raises(ApiError, match=r"unknown parameter (temprature|messages)"):
+        parse(ChatRequest, body)
+    known = json.dumps({"messages": USER, "presence_penalty": 1}).encode()
+    with pytest.raises(ApiError, match="presence_penalty is not supported"):
+        parse(ChatRequest, known, ignore_unknown=True)
+
+
 def test_defaults_are_openai_s_or_the_checkpoint_s(tmp_path: Path) -> None:
     openai = SamplingDefaults.from_directory(tmp_path)
     assert openai.sampler(parse_chat()) == Sampler(1.0, 1.0, 0, 1.0, None)
+    assert openai.sampler(parse_chat(min_p=0.1)) == Sampler(1.0, 1.0, 0, 1.0, None, 0.1)
     (tmp_path / "generation_config.json").write_text(
         '{"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": 3}'
     )
@@ -311,9 +335,9 @@ def test_defaults_are_openai_s_or_the_checkpoint_s(tmp_path: Path) -> None:
     assert qwen.sampler(parse_chat(temperature=0, top_k=0, top_p=1, repetition_penalty=1)) == Sampler(0, 1, 0, 1)
     assert SamplingDefaults.ignored(tmp_path) == {}
     (tmp_path / "generation_config.json").write_text(
-        '{"top_k": -1, "presence_penalty": 1.5, "min_p": 0.0, "num_beams": 1, "max_new_tokens": 2048}'
+        '{"top_k": -1, "presence_penalty": 1.5, "min_p": 0.05, "num_beams": 1, "max_new_tokens": 2048}'
     )
-    assert SamplingDefaults.from_directory(tmp_path).top_k == 0
+    assert SamplingDefaults.from_directory(tmp_path) == SamplingDefaults(top_k=0, min_p=0.05)
     assert SamplingDefaults.ignored(tmp_path) == {"presence_penalty": 1.5, "max_new_tokens": 2048}
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be in \(0, 1\], got 7"):

@@ -106,8 +106,7 @@ def test_a_second_question_costs_the_question(client: openai.OpenAI, live: Live)
 @pytest.mark.parametrize(
     ("body", "status", "code", "message"),
     [
-        ({"prompt": "x" * 4096}, 400, "context_length_exceeded", "at most max_model_len = 4096 tokens"),
-        ({"prompt": "x", "max_tokens": 4096}, 400, "context_length_exceeded", "at most max_model_len = 4096 tokens"),
+        ({"prompt": "x" * 4096}, 400, "context_length_exceeded", "at most 4095 tokens, one less than max_model_len"),
         ({"prompt": [264]}, 400, "invalid_value", "vocab_size = 264"),
     ],
 )

@@ -233,7 +233,7 @@ class ChatSession:
             turn.seconds = time.perf_counter() - began
             if len(turn.tokens) == 1:
                 turn.seconds_to_first = turn.seconds
-            turn.cut = len(turn.tokens) == self._max_new_tokens
+            turn.cut = len(turn.tokens) == self._max_new_tokens or len(self._sequence) == self._model.max_seq_len
             yield token
 
 
@@ -334,6 +334,8 @@ class _Terminal:
                 document = read_document(argument)
             except OSError as error:
                 raise ValueError(str(error)) from error
+            if warning := document.warning():
+                _note(warning)
             self.add(document)
         elif name == "/reset" and not argument:
             self._session.reset()

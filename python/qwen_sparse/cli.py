@@ -71,7 +71,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     prompt = parser.add_argument_group("prompt (--file and --prompt together: the file, a blank line, the prompt)")
     prompt.add_argument("--prompt", help="text")
-    prompt.add_argument("--file", help="read text from a file, - for standard input")
+    prompt.add_argument("--file", help="read text from a text or PDF file, - for standard input")
     prompt.add_argument("--chat", action="store_true", help="put the text through the model's chat template")
     prompt.add_argument("--system", help="system message; with --chat")
     prompt.add_argument(
@@ -89,6 +89,7 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus probability (1: all)")
     sampling.add_argument("--top-k", type=int, default=0, help="most likely tokens to draw from (0: all)")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="least share of the most likely token (0: all)")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
     sampling.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     sampling.add_argument("--seed", type=int, help="repeat a sampled output")
@@ -126,6 +127,7 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,
+        "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
         "stop": args.stop,
         "seed": args.seed,
@@ -139,10 +141,21 @@ def _prompt_text(prompt: str | None, file: str | None) -> str:
         raise ValueError("give --prompt, --file or both")
     parts = []
     if file is not None:
-        parts.append(read_text(file))
+        parts.append(_file_text(file))
     if prompt is not None:
         parts.append(prompt)
     return "\n\n".join(parts)
+
+
+def _file_text(file: str) -> str:
+    from .documents import read_document
+
+    if file == "-":
+        return read_text(file)
+    document = read_document(file)
+    if warning := document.warning():
+        print(f"qwen-sparse: {warning}", file=sys.stderr)
+    return document.text
 
 
 def _source(args: argparse.Namespace) -> str:
@@ -186,6 +199,9 @@ def _run_chat(args: argparse.Namespace) -> int:
     from .documents import read_document
 
     documents = [read_document(file) for file in args.file]
+    for document in documents:
+        if warning := document.warning():
+            print(f"qwen-sparse chat: {warning}", file=sys.stderr)
     return chat.run(_load(args), documents, system=args.system, **_generation_options(args))
 
 
@@ -284,6 +300,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--chunk-tokens", type=int, help="rows per prefill chunk")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 
 def _run_memory(args: argparse.Namespace) -> int:
@@ -316,8 +333,10 @@ def _run_memory(args: argparse.Namespace) -> int:
     kept = f"weights and activations in {wide}"
     if args.quantization is not None:
         kept = f"weights in {args.quantization}, activations in {wide}"
-    print(_memory_table(args.model, kept, device, rows))
-    print(json.dumps([_memory_record(*row) for row in rows]))
+    if args.json:
+        print(json.dumps([_memory_record(*row) for row in rows]))
+    else:
+        print(_memory_table(args.model, kept, device, rows))
     return 0
 
 

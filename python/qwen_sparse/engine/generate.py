@@ -72,6 +72,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     stop_token_ids: Collection[int] | Tensor | None = None,
@@ -88,8 +89,8 @@ def generate(
     Args:
         model: the model.
         input_ids: the prompt, or what follows the tokens in ``cache``.
-        max_new_tokens: most tokens to yield.
-        temperature, top_p, top_k, repetition_penalty, seed: see :class:`Sampler`; greedy by default. The
+        max_new_tokens: most tokens to yield; fewer where ``model.max_seq_len`` has no room for them.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed: see :class:`Sampler`; greedy by default. The
             penalty counts the tokens of this call and ``cached_ids``.
         stop: strings that end the output. Tokens are yielded up to the one that completes the string; for
             text cut exactly before it, use :func:`generate_text`.
@@ -108,7 +109,7 @@ def generate(
         An iterator of token ids. Arguments are checked at once; the prefill runs with the first token.
 
     Raises:
-        ValueError: a bad argument, or prompt and new tokens exceed ``model.max_seq_len``.
+        ValueError: a bad argument, or a prompt that leaves no room for a token in ``model.max_seq_len``.
         MemoryError: the estimate exceeds the memory that is left.
         RuntimeError (from the iterator): logits are not finite, the cache was changed between two tokens, or the
             decode step cannot be captured.
@@ -116,10 +117,13 @@ def generate(
     Example:
         >>> list(generate(model, model.tokenizer.encode("1, 2, 3,"), max_new_tokens=8))
     """
-    sampler = Sampler(temperature, top_p, top_k, repetition_penalty, seed)
+    sampler = Sampler(temperature, top_p, top_k, repetition_penalty, seed, min_p)
     stopper = StopStrings(stop)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, least=1)
     tokens = token_tensor(model, input_ids)
+    if model.max_seq_len is not None:
+        left = model.max_seq_len - tokens.shape[0] - (0 if cache is None else cache.seqlen)
+        max_new_tokens = min(max_new_tokens, max(left, 1))
     check_request(
         model,
         tokens.shape[0],
@@ -167,6 +171,7 @@ def generate_text(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     stop_token_ids: Collection[int] | Tensor | None = None,
@@ -185,7 +190,7 @@ def generate_text(
 
     Args:
         prompt: text, or tokens.
-        model, max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, stop_token_ids, seed: see
+        model, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, stop_token_ids, seed: see
             :func:`generate`.
         cache, cached_ids, chunk_tokens, progress, tokenizer, cuda_graph: see :func:`generate`.
 
@@ -204,6 +209,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         stop_token_ids=stop_token_ids,
         seed=seed,

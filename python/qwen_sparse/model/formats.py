@@ -213,7 +213,8 @@ def _awq(parts: Mapping[str, Tensor], format: WeightFormat) -> Tensor:
     """AWQ's "gemm" layout: ``[in, out / 8]`` words whose nibbles hold columns 0, 2, 4, 6, 1, 3, 5, 7."""
 
     def columns(words: Tensor) -> Tensor:
-        return _unpacked(words, format.bits).view(*words.shape, 8)[..., _AWQ_COLUMNS].flatten(-2)
+        ordered: Tensor = _unpacked(words, format.bits).view(*words.shape, 8)[..., _AWQ_COLUMNS].flatten(-2)
+        return ordered
 
     values, zeros, scales = columns(parts["qweight"]), columns(parts["qzeros"]), parts["scales"].float()
     grouped = values.view(scales.shape[0], -1, values.shape[1])

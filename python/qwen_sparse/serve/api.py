@@ -52,6 +52,8 @@ class Settings:
     """None: everyone is let in."""
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the API; "*" for all."""
+    ignore_unknown_parameters: bool = False
+    """Whether requests with parameters that this server does not know are answered as if they were not there."""
     keep_alive: float = 15.0
     """Seconds of silence after which a stream gets a comment."""
     body_timeout: float = 120.0
@@ -163,6 +165,7 @@ class _Api:
         self._tokenizer = model.tokenizer
         self._eos = model.config.eos_token_ids
         self._defaults = SamplingDefaults.from_directory(model.path)
+        self._ignore_unknown = settings.ignore_unknown_parameters
         self._max_values = BodyLimits.of_length(engine.max_model_len).max_values
         self._created = int(time.time())
         self._metrics = Metrics(settings.served_names[0], engine.max_model_len, engine.snapshot)
@@ -245,7 +248,7 @@ class _Api:
     ) -> ChatRequest | CompletionRequest:
         """Everything that takes long for long prompts, outside of the event loop."""
         check_json(body, self._max_values)
-        parameters = parse(kind, body)
+        parameters = parse(kind, body, ignore_unknown=self._ignore_unknown)
         self._check_name(parameters.model)
         generation.submit(generation_request(parameters, self._tokenizer, self._eos, self._defaults), param)
         return parameters

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names for 'model' in requests (the hub id, or the directory's name)",
     )
+    network.add_argument(
+        "--ignore-unknown-parameters",
+        action="store_true",
+        help="answer requests whose parameters this server does not know as if those were not there",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence, prompt and output")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="rows per prefill chunk")
@@ -120,7 +125,12 @@ def _serve(
     from .server import make_server
 
     engine = Engine(load(args), options)
-    settings = Settings(served_names=names, api_keys=keys, allowed_origins=tuple(args.allowed_origin))
+    settings = Settings(
+        served_names=names,
+        api_keys=keys,
+        allowed_origins=tuple(args.allowed_origin),
+        ignore_unknown_parameters=args.ignore_unknown_parameters,
+    )
     server = make_server(create_app(engine, settings))
     server.ready = f"ready at {_url(listening)}/v1: {names[0]}, up to {engine.max_model_len} tokens"
     engine.start()

@@ -133,7 +133,7 @@ class Engine:
         Raises:
             ValueError: an empty prompt, tokens outside of the vocabulary, ``max_new_tokens`` or ``logprobs`` out of
                 range.
-            TooLongError: prompt and new tokens exceed ``max_model_len``.
+            TooLongError: the prompt leaves no token of ``max_model_len`` for an answer.
             QueueFullError: ``max_queue`` requests wait.
             ShuttingDownError: the engine is not running.
         """
@@ -161,10 +161,12 @@ class Engine:
     def _check(self, request: GenerationRequest) -> int:
         """The most tokens to generate."""
         length, limit = len(request.prompt), self.max_model_len
-        new = limit - length if request.max_new_tokens is None else request.max_new_tokens
-        if length + max(new, 1) > limit:
-            wanted = "" if request.max_new_tokens is None else f" + max_new_tokens {new}"
-            raise TooLongError(f"the sequence must have at most max_model_len = {limit} tokens, got {length}{wanted}")
+        if length >= limit:
+            raise TooLongError(
+                f"the prompt must have at most {limit - 1} tokens, one less than max_model_len, got {length}"
+            )
+        left = limit - length
+        new = left if request.max_new_tokens is None else min(request.max_new_tokens, left)
         if new < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {new}")
         if request.logprobs is not None and not 0 <= request.logprobs <= self.model.config.vocab_size:

@@ -53,7 +53,6 @@ LOWEST_TEMPERATURE = 0.01
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
-    "min_p": (None, 0),
     "typical_p": (None, 1),
     "no_repeat_ngram_size": (None, 0),
     "num_beams": (None, 1),
@@ -70,6 +69,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     @classmethod
     def from_directory(cls, directory: Path | None) -> SamplingDefaults:
@@ -102,7 +102,14 @@ class SamplingDefaults:
         given = {name: getattr(parameters, name) for name in names if getattr(parameters, name) is not None}
         chosen = replace(self, **given)
         temperature = chosen.temperature and max(chosen.temperature, LOWEST_TEMPERATURE)
-        return Sampler(temperature, chosen.top_p, max(chosen.top_k, 0), chosen.repetition_penalty, parameters.seed)
+        return Sampler(
+            temperature,
+            chosen.top_p,
+            max(chosen.top_k, 0),
+            chosen.repetition_penalty,
+            parameters.seed,
+            chosen.min_p,
+        )
 
 
 def generation_request(

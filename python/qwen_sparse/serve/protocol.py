@@ -52,7 +52,6 @@ _NOTHING_ELSE = {
     "web_search_options": "null",
     "store": "false",
     "service_tier": "'auto' or 'default'",
-    "min_p": "0",
     "min_tokens": "0",
     "skip_special_tokens": "true",
     "include_stop_str_in_output": "false",
@@ -62,6 +61,10 @@ _NOTHING_ELSE = {
     "stream_options.continuous_usage_stats": "false",
 }
 """Parameters that are known and not implemented, and what may be given for them besides null."""
+
+
+_PART_HINTS = ("cache_control", "prompt_cache_breakpoint")
+"""Keys of a part that ask for caching, which happens anyway."""
 
 
 def _whole(value: object) -> object:
@@ -92,7 +95,7 @@ def _text_content(value: object) -> str:
             raise PydanticCustomError(
                 "unsupported_part", f"part {number} must be of type 'text', the only one supported"
             )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if not {"type", "text"} <= set(part) <= {"type", "text", *_PART_HINTS} or not isinstance(part["text"], str):
             raise PydanticCustomError("text_part", f"part {number} must have the keys 'type' and 'text', a string")
         texts.append(part["text"])
     return "\n".join(texts)
@@ -119,7 +122,7 @@ def _prompt(value: object) -> str | list[int]:
 _TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _PART_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, **{key: {} for key in _PART_HINTS}},
     "required": ["type", "text"],
     "additionalProperties": False,
 }
@@ -195,7 +198,11 @@ class Message(_Model):
     role: Literal["system", "developer", "user", "assistant"] = Field(description="'developer' counts as 'system'.")
     content: Content = Field(description="null, which is no text, only of the role 'assistant'.")
     name: str | None = None
-    # What clients send back of an answer as they got it.
+    # What clients send back of an answer as they got it, and what asks for caching, which happens anyway.
+    id: str | None = None
+    cache_control: Any = None
+    reasoning: None = None
+    reasoning_content: None = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
@@ -221,6 +228,7 @@ class Parameters(_Model):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = Field(default=None, description="0 or -1: all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1), WHOLE] | None = None
     stop: StopStrings | None = None
@@ -235,6 +243,8 @@ class Parameters(_Model):
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
+    cache_prompt: bool | None = Field(default=None, description="llama.cpp's; prompts are cached by the server's rule.")
+    prompt_cache_retention: str | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
 
@@ -243,7 +253,6 @@ class Parameters(_Model):
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    min_p: Zero | None = None
     min_tokens: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     skip_special_tokens: Yes | None = None
     include_stop_str_in_output: No | None = None
@@ -338,15 +347,20 @@ _FIELDS = {
 Request = TypeVar("Request", bound=Parameters)
 
 
-def parse(model: type[Request], body: bytes | bytearray) -> Request:
+def parse(model: type[Request], body: bytes | bytearray, *, ignore_unknown: bool = False) -> Request:
     """A request from its body.
+
+    Args:
+        model: what the body must be.
+        body: JSON.
+        ignore_unknown: whether to drop parameters that this server does not know.
 
     Raises:
         ApiError: 400 about the first thing that is wrong. Of the body it quotes names of parameters, and values only
             of those that are no text of a prompt.
     """
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, extra="ignore" if ignore_unknown else "forbid")
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)[0]
     raise _refusal(details)

@@ -213,13 +213,21 @@ class CompletionWriter(Writer):
             system_fingerprint=self.fingerprint,
         )
 
+    def _token_name(self, token_id: int) -> str:
+        """A token's text; one that is no whole characters is spelled ``bytes:\\xe6\\x97``, as by OpenAI."""
+        spelled = self.tokenizer.token_bytes(token_id)
+        try:
+            return spelled.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
     def _completion_logprobs(self, tokens: Sequence[tuple[NewToken, TokenLogprobs]]) -> CompletionLogprobs:
         offsets = []
         for event, _ in tokens:
             offsets.append(self._offset)
             self._offset += len(event.text)
         return CompletionLogprobs(
-            tokens=[self._token_text(event.token_id) for event, _ in tokens],
+            tokens=[self._token_name(event.token_id) for event, _ in tokens],
             token_logprobs=[_finite(logprobs.chosen) for _, logprobs in tokens],
             top_logprobs=[self._alternatives(event, logprobs) for event, logprobs in tokens],
             text_offset=offsets,
@@ -229,7 +237,7 @@ class CompletionWriter(Writer):
         """The chosen token is among them, as with OpenAI; of tokens that are spelled alike, the most likely one."""
         found: dict[str, float] = {}
         for token_id, logprob in (*logprobs.top, (event.token_id, logprobs.chosen)):
-            found.setdefault(self._token_text(token_id), _finite(logprob))
+            found.setdefault(self._token_name(token_id), _finite(logprob))
         return found
 
 
