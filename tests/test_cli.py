@@ -64,7 +64,8 @@ def test_options_reach_the_model(
 
     monkeypatch.setattr("qwen_sparse.cli.generate_text", spy)
     options = "--sparse --kv-cache-dtype int8 --dtype bfloat16 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3"
-    options += " --min-p 0.1 --repetition-penalty 1.1 --stop END --stop STOP --chunk-tokens 64 --max-seq-len 300 --truncate tail"
+    options += " --min-p 0.1 --repetition-penalty 1.1 --stop END --stop STOP --chunk-tokens 64"
+    options += " --max-seq-len 300 --truncate tail"
     code, out, _ = run(
         capsys, "generate", "--model", checkpoint, "--prompt", "x" * 400, "--max-new-tokens", "9", *options.split()
     )

@@ -206,7 +206,8 @@ def _quantised(parts: dict[str, str], stored: Mapping[str, StoredTensor], format
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Unsigned numbers of some bits, from the lowest of each int32 on: ``[..., n]`` to ``[..., n * 32 / bits]``."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    numbers: Tensor = ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    return numbers
 
 
 def _awq(parts: Mapping[str, Tensor], format: WeightFormat) -> Tensor:
