@@ -189,7 +189,8 @@ def with_masks(variant: str, coverage: float) -> Iterator[dict[str, Any]]:
                 scores = masked(q[part, head].float() @ keys.T * scale, first + a)
                 out[part, head] = (scores.masked_fill(~mask[part], -math.inf).softmax(1) @ values).to(q.dtype)
             attended[head] = int(mask.sum())
-        report.setdefault("heads_by_columns", []).append(by_columns)
+        if variant == "by-head":
+            report.setdefault("heads_by_columns", []).append(by_columns)
         return out, torch.empty(0), attended
 
     with mock.patch.object(Queries, "select_by_coverage", select), mock.patch.object(Queries, "attend_sparse", attend):
