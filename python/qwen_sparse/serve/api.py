@@ -29,6 +29,7 @@ from .protocol import ChatRequest, CompletionRequest, parse
 from .records import RECORD, Record, RecordRequests, send_error, write_line
 from .requests import Failed, Finished, NewToken, Progress
 from .responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
+from .tools import ToolParser
 from .writing import ChatWriter, CompletionWriter, Writer
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ class _Api:
                 record.stream = bool(parameters.stream)
                 name, usage = self._settings.served_names[0], parameters.include_usage
                 writer = writer_class(record.id, name, self._fingerprint, self._tokenizer, usage)
+                if isinstance(parameters, ChatRequest) and parameters.offered_tools:
+                    writer.tools = ToolParser(parallel=parameters.parallel_tool_calls is not False)
                 if record.stream:
                     progress = bool(parameters.return_progress)
                     return _EventStream(
@@ -314,8 +317,7 @@ class _EventStream(Response):
                 elif isinstance(event, Progress):
                     chunks += [self._writer.progress(event)] if self._progress else []
                 elif isinstance(event, NewToken):
-                    chunk = self._writer.token(event)
-                    chunks += [] if chunk is None else [chunk]
+                    chunks += self._writer.token(event)
                 elif isinstance(event, Finished):
                     chunks += self._writer.closing(event)
             await self._write(send, chunks)

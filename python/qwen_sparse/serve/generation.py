@@ -19,7 +19,7 @@ from ..model.checkpoint import read_json
 from ..model.tokenizer import Tokenizer
 from .errors import ApiError
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest
+from .protocol import ChatRequest, CompletionRequest, Message
 from .records import Record
 from .requests import (
     Event,
@@ -112,6 +112,22 @@ class SamplingDefaults:
         )
 
 
+def _template_message(message: Message) -> dict[str, Any]:
+    """As chat templates take it."""
+    role = "system" if message.role == "developer" else message.role
+    rendered: dict[str, Any] = {"role": role, "content": message.content}
+    for name in ("name", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            rendered[name] = value
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {"type": "function", "function": {"name": call.function.name, "arguments": call.function.arguments}}
+            | ({} if call.id is None else {"id": call.id})
+            for call in message.tool_calls
+        ]
+    return rendered
+
+
 def generation_request(
     parameters: ChatRequest | CompletionRequest, tokenizer: Tokenizer, eos: tuple[int, ...], defaults: SamplingDefaults
 ) -> GenerationRequest:
@@ -121,13 +137,17 @@ def generation_request(
         ApiError: 400; the chat template refuses the messages, or there are no tokens.
     """
     if isinstance(parameters, ChatRequest):
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in parameters.messages
-        ]
+        messages, tools = [_template_message(message) for message in parameters.messages], parameters.offered_tools
+        if tools and "tools" not in (tokenizer.chat_template or ""):
+            raise ApiError(
+                400,
+                "tools must be left out: the model's chat template has no place for them",
+                param="tools",
+                code="unsupported_value",
+            )
         try:
-            prompt = tokenizer.encode(tokenizer.apply_chat_template(messages))
+            variables: dict[str, Any] = {"tools": tools} if tools else {}
+            prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, **variables))
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     else:

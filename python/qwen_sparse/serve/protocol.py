@@ -7,6 +7,7 @@ value that changes nothing, and unknown ones are refused. The exceptions are hin
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
@@ -39,7 +40,6 @@ _NOTHING_ELSE = {
     "logit_bias": "an empty object",
     "presence_penalty": "0",
     "frequency_penalty": "0",
-    "tools": "an empty list",
     "tool_choice": "'none' or 'auto'",
     "functions": "null",
     "function_call": "null",
@@ -99,6 +99,18 @@ def _text_content(value: object) -> str:
             raise PydanticCustomError("text_part", f"part {number} must have the keys 'type' and 'text', a string")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """Of a call: templates write them as JSON, so they must be an object, which clients send as text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("arguments", "must be a JSON object, as text") from None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("arguments", "must be a JSON object, as text")
+    return value
 
 
 def _prompt(value: object) -> str | list[int]:
@@ -174,6 +186,9 @@ Prompt = Annotated[
 ]
 
 
+_MISSING: Any = object()  # where a message says nothing of its content
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -192,11 +207,55 @@ class TextFormat(_Model):
     type: Literal["text"]
 
 
+class Function(_Model):
+    """What a model may call."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of an object.")
+    strict: No | None = None
+
+
+class Tool(_Model):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(_Model):
+    """What was called."""
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: Annotated[
+        dict[str, Any],
+        PlainValidator(_arguments),
+        WithJsonSchema({"type": "string", "description": "A JSON object, as text.", "default": "{}"}),
+    ]
+
+
+class SentToolCall(_Model):
+    """A call of an earlier answer, as it was got."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+
 class Message(_Model):
     """A turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="'developer' counts as 'system'.")
-    content: Content = Field(description="null, which is no text, only of the role 'assistant'.")
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="'developer' counts as 'system'."
+    )
+    tool_calls: list[SentToolCall] | None = Field(default=None, description="Of the role 'assistant'.")
+    tool_call_id: str | None = Field(default=None, description="Of the role 'tool'.")
+    content: Content = Field(
+        default_factory=lambda: _MISSING,
+        validate_default=True,
+        description="null, which is no text, only of the role 'assistant'; with tool_calls it may be left out.",
+    )
     name: str | None = None
     # What clients send back of an answer as they got it, and what asks for caching, which happens anyway.
     id: str | None = None
@@ -206,13 +265,21 @@ class Message(_Model):
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _no_text(cls, value: object, info: ValidationInfo) -> object:
-        return "" if value is None and info.data.get("role") == "assistant" else value
+        assistant = info.data.get("role") == "assistant"
+        if value is _MISSING and not (assistant and info.data.get("tool_calls")):
+            raise PydanticCustomError("missing", "field required")
+        return "" if value is _MISSING or (value is None and assistant) else value
+
+    @model_validator(mode="after")
+    def _calls_of_the_assistant(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("calls_of_others", "tool_calls goes with the role 'assistant' only")
+        return self
 
 
 class Parameters(_Model):
@@ -242,7 +309,7 @@ class Parameters(_Model):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call.")
     cache_prompt: bool | None = Field(default=None, description="llama.cpp's; prompts are cached by the server's rule.")
     prompt_cache_retention: str | None = None
     store: No | None = None
@@ -280,7 +347,7 @@ class ChatRequest(Parameters):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
 
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: None = None
     function_call: None = None
@@ -304,6 +371,13 @@ class ChatRequest(Parameters):
                 f"{self.max_completion_tokens}",
             )
         return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Tools that the model may call, as templates take them."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -339,7 +413,10 @@ class CompletionRequest(Parameters):
 
 _FIELDS = {
     name
-    for model in (ChatRequest, CompletionRequest, Message, StreamOptions, TextFormat)
+    for model in (
+        *(ChatRequest, CompletionRequest, Message, StreamOptions, TextFormat),
+        *(Tool, Function, SentToolCall, CalledFunction),
+    )
     for name in model.model_fields
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 __all__ = [
     "ChatChoice",
@@ -17,15 +17,18 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionLogprobs",
+    "FunctionCall",
     "ModelCard",
     "ModelList",
     "PromptProgress",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Usage",
 ]
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(BaseModel):
@@ -73,12 +76,42 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    """What a tool call asks for."""
+
+    name: str
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(BaseModel):
+    """A tool call of the model."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(ToolCall):
+    """A whole tool call in a chunk."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] = []
+
+    @model_serializer(mode="wrap")
+    def _without_calls(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """An answer that calls nothing has no list of calls."""
+        dumped: dict[str, Any] = dump(self)
+        if not self.tool_calls:
+            del dumped["tool_calls"]
+        return dumped
 
 
 class ChatChoice(BaseModel):
@@ -107,6 +140,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -21,13 +21,17 @@ from .responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionCall,
     PromptProgress,
     PromptTokensDetails,
     Reason,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
     Usage,
 )
+from .tools import ToolCallText, ToolParser
 
 __all__ = ["ChatWriter", "CompletionWriter", "Writer"]
 
@@ -48,12 +52,15 @@ class Writer(ABC):
     fingerprint: str
     tokenizer: Tokenizer
     include_usage: bool = False
+    tools: ToolParser | None = None
+    """Where the model was offered tools."""
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self._text: list[str] = []
         self._logprobs: list[tuple[NewToken, TokenLogprobs]] = []
         self._offset = 0
+        self._written = 0
 
     @abstractmethod
     def opening(self) -> list[bytes]:
@@ -64,8 +71,8 @@ class Writer(ABC):
         return self._dump([], prompt_progress=_progress(event))
 
     @abstractmethod
-    def token(self, event: NewToken) -> bytes | None:
-        """A token, unless it shows nothing yet."""
+    def token(self, event: NewToken) -> list[bytes]:
+        """A token; nothing while it shows nothing."""
 
     def closing(self, event: Finished) -> list[bytes]:
         """The rest of the text, how it ended, and the usage if it is asked for."""
@@ -110,23 +117,47 @@ class Writer(ABC):
 class ChatWriter(Writer):
     """``/v1/chat/completions``."""
 
+    def _deltas(self, pieces: list[str | ToolCallText]) -> list[bytes]:
+        """Chunks of content and of whole calls."""
+        chunks = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                chunks.append(self._chunk(ChatDelta(content=piece)))
+            else:
+                call = ToolCallDelta(index=self._written, id=piece.id, function=_function(piece))
+                self._written += 1
+                chunks.append(self._chunk(ChatDelta(tool_calls=[call])))
+        return chunks
+
     def opening(self) -> list[bytes]:
         """The chunk with the role."""
         return [self._chunk(ChatDelta(role="assistant", content=""))]
 
-    def token(self, event: NewToken) -> bytes | None:
+    def token(self, event: NewToken) -> list[bytes]:
         """A chunk with text; with logprobs also where the text is held back."""
+        if self.tools is not None:
+            chunks = self._deltas(self.tools.push(event.text))
+            if event.logprobs is not None:  # of every token, those of calls too: in chunks without text
+                chunks.append(self._chunk(ChatDelta(content=""), self._chat_logprobs([(event, event.logprobs)])))
+            return chunks
         if event.logprobs is not None:
-            return self._chunk(ChatDelta(content=event.text), self._chat_logprobs([(event, event.logprobs)]))
-        return self._chunk(ChatDelta(content=event.text)) if event.text else None
+            return [self._chunk(ChatDelta(content=event.text), self._chat_logprobs([(event, event.logprobs)]))]
+        return [self._chunk(ChatDelta(content=event.text))] if event.text else []
 
     def whole(self, event: Finished) -> bytes:
         """A ``chat.completion``."""
+        text = self._whole_text(event)
+        pieces: list[str | ToolCallText] = [text] if self.tools is None else self.tools.push(text) + self.tools.flush()
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
         choice = ChatChoice(
             index=0,
-            message=ChatMessage(content=self._whole_text(event)),
+            message=ChatMessage(
+                content=content if content or not calls else None,
+                tool_calls=[ToolCall(id=call.id, function=_function(call)) for call in calls],
+            ),
             logprobs=self._chat_logprobs(self._logprobs) if self._logprobs else None,
-            finish_reason=_reason(event),
+            finish_reason=self._chat_reason(event),
         )
         completion = ChatCompletion(
             id=f"chatcmpl-{self.request_id}",
@@ -139,8 +170,14 @@ class ChatWriter(Writer):
         return completion.model_dump_json().encode()
 
     def _ending(self, event: Finished) -> list[bytes]:
-        held_back = [self._chunk(ChatDelta(content=event.text))] if event.text else []
-        return [*held_back, self._chunk(ChatDelta(), reason=_reason(event))]
+        if self.tools is None:
+            held_back = [self._chunk(ChatDelta(content=event.text))] if event.text else []
+        else:
+            held_back = self._deltas(self.tools.push(event.text) + self.tools.flush())
+        return [*held_back, self._chunk(ChatDelta(), reason=self._chat_reason(event))]
+
+    def _chat_reason(self, event: Finished) -> Reason:
+        return "tool_calls" if self.tools is not None and self.tools.calls else _reason(event)
 
     def _chunk(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: Reason | None = None) -> bytes:
         return self._dump([ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)])
@@ -179,11 +216,11 @@ class CompletionWriter(Writer):
         """Nothing."""
         return []
 
-    def token(self, event: NewToken) -> bytes | None:
+    def token(self, event: NewToken) -> list[bytes]:
         """A chunk with text; with logprobs also where the text is held back."""
         if event.logprobs is not None:
-            return self._chunk(event.text, self._completion_logprobs([(event, event.logprobs)]))
-        return self._chunk(event.text) if event.text else None
+            return [self._chunk(event.text, self._completion_logprobs([(event, event.logprobs)]))]
+        return [self._chunk(event.text)] if event.text else []
 
     def whole(self, event: Finished) -> bytes:
         """A ``text_completion``."""
@@ -239,6 +276,10 @@ class CompletionWriter(Writer):
         for token_id, logprob in (*logprobs.top, (event.token_id, logprobs.chosen)):
             found.setdefault(self._token_name(token_id), _finite(logprob))
         return found
+
+
+def _function(call: ToolCallText) -> FunctionCall:
+    return FunctionCall(name=call.name, arguments=call.arguments)
 
 
 def _reason(event: Finished) -> Reason:

@@ -1,0 +1,108 @@
+"""Tool calls in a model's text, as Qwen's templates ask for them: ``{"name": ..., "arguments": {...}}`` between
+``<tool_call>`` and ``</tool_call>``."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field
+
+__all__ = ["ToolCallText", "ToolParser"]
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCallText:
+    """A call as the model wrote it."""
+
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+class ToolParser:
+    """Splits a text that comes in pieces into content and calls.
+
+    What could become a tag is held back until it cannot, so that no part of one is shown; a call is given out once it
+    is whole. What stands between the tags and is no call stays content, tags included. White space around calls is not.
+
+    Args:
+        parallel: whether there may be several calls; if not, those behind the first are dropped.
+    """
+
+    def __init__(self, *, parallel: bool = True) -> None:
+        self._parallel = parallel
+        self._held = ""
+        self._inside = False
+        self.calls = 0
+        """Calls so far."""
+
+    def push(self, text: str) -> list[str | ToolCallText]:
+        """What the text so far shows that it did not before: pieces of content, and calls, in order."""
+        self._held += text
+        found: list[str | ToolCallText] = []
+        while True:
+            tag = _CLOSE if self._inside else _OPEN
+            before, met, behind = self._held.partition(tag)
+            if not met:
+                break
+            self._held = behind
+            self._add(found, before, closed=True)
+            self._inside = not self._inside
+        if not self._inside:
+            cut = len(self._held) - self._held_back()
+            self._add_content(found, self._held[:cut])
+            self._held = self._held[cut:]
+        return found
+
+    def flush(self) -> list[str | ToolCallText]:
+        """What is still held back, at the end of the text: a call that only lacks its closing tag is one."""
+        found: list[str | ToolCallText] = []
+        self._add(found, self._held, closed=False)
+        self._held, self._inside = "", False
+        return found
+
+    def _add(self, found: list[str | ToolCallText], text: str, *, closed: bool) -> None:
+        if not self._inside:
+            # White space in front of a call is part of the call's layout, and behind the text's end there is none.
+            self._add_content(found, text.rstrip() if closed else text)
+            return
+        call = _call(text)
+        if call is None:
+            self._add_content(found, f"{_OPEN}{text}{_CLOSE if closed else ''}")
+        elif self._parallel or self.calls == 0:
+            self.calls += 1
+            found.append(call)
+
+    def _add_content(self, found: list[str | ToolCallText], text: str) -> None:
+        if self.calls and not text.strip():
+            return
+        if text:
+            found.append(text)
+
+    def _held_back(self) -> int:
+        """How many characters at the end wait: a tag's beginning, and white space in front of one."""
+        tag = next((n for n in range(len(_OPEN) - 1, 0, -1) if self._held.endswith(_OPEN[:n])), 0)
+        rest = self._held[: len(self._held) - tag]
+        return tag + len(rest) - len(rest.rstrip())
+
+
+def _call(text: str) -> ToolCallText | None:
+    """The call between two tags; None: it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCallText(value["name"], json.dumps(arguments, ensure_ascii=False))
