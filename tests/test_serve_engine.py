@@ -27,6 +27,7 @@ from qwen_sparse.serve.requests import (
     Failed,
     Finished,
     GenerationRequest,
+    LogitRules,
     NewToken,
     Progress,
     QueueFullError,
@@ -152,6 +153,46 @@ def test_sampling_is_that_of_generate() -> None:
                 tokens, temperature=1.3, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=5
             )
         assert other.tokens != listeners[0].tokens
+
+
+def test_rules_of_logits() -> None:
+    """Each against what the logits of a greedy answer say; a batch of them at once."""
+    tokens = prompt(300)
+    rules = {
+        "presence": LogitRules(presence_penalty=2.0),
+        "frequency": LogitRules(frequency_penalty=2.0),
+        "bias": LogitRules(bias={ord("x"): 100.0}),
+        "never": LogitRules(bias=dict.fromkeys(range(48, 58), -100.0)),
+    }
+    with serving() as engine:
+        listeners = {name: ask(engine, tokens, rules=rule, max_new_tokens=12)[0] for name, rule in rules.items()}
+        plain = ask(engine, tokens, max_new_tokens=12)[0]
+        for listener in (plain, *listeners.values()):
+            listener.end()
+    assert listeners["bias"].tokens == [ord("x")] * 12
+    assert not {*listeners["never"].tokens} & {*range(48, 58)}
+    for name, power in (("presence", 0), ("frequency", 1)):
+        written: list[int] = []
+        for token in listeners[name].tokens:
+            logits = prefill(MODEL, [*tokens, *written]).logits
+            counts = torch.bincount(torch.tensor(written, dtype=torch.int64), minlength=logits.shape[0])
+            assert token == int((logits - 2.0 * (counts > 0) * counts.clamp(min=1) ** power).argmax()), name
+            written.append(token)
+
+
+def test_least_number_of_tokens() -> None:
+    tokens = prompt(300)
+    with serving() as engine:
+        first = ask(engine, tokens, max_new_tokens=1)[0]
+        first.end()
+        ends = frozenset(first.tokens)
+        ended = ask(engine, tokens, max_new_tokens=8, stop_token_ids=ends)[0]
+        assert ended.end().reason == "stop"
+        assert ended.tokens == []
+        longer = ask(engine, tokens, max_new_tokens=8, stop_token_ids=ends, rules=LogitRules(min_tokens=8))[0]
+        assert longer.end().reason == "length"
+        assert len(longer.tokens) == 8
+        assert not ends & {*longer.tokens}
 
 
 def test_progress() -> None:

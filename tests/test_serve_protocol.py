@@ -15,6 +15,7 @@ from qwen_sparse.serve.errors import ApiError
 from qwen_sparse.serve.generation import SamplingDefaults, generation_request
 from qwen_sparse.serve.limits import MAX_DEPTH, check_json
 from qwen_sparse.serve.protocol import ChatRequest, CompletionRequest, parse
+from qwen_sparse.serve.requests import LogitRules
 
 SECRET = "the secret of the prompt"
 USER = [{"role": "user", "content": SECRET}]
@@ -89,12 +90,8 @@ def test_null_is_as_good_as_absent() -> None:
         ("reasoning_effort", "low", "null"),
         ("verbosity", "low", "null"),
         ("web_search_options", {}, "null"),
-        ("logit_bias", {"5": 1}, "an empty object"),
-        ("presence_penalty", 0.5, "0"),
-        ("frequency_penalty", -1, "0"),
         ("store", True, "false"),
         ("service_tier", "flex", "'auto' or 'default'"),
-        ("min_tokens", 3, "0"),
         ("skip_special_tokens", False, "true"),
         ("include_stop_str_in_output", True, "false"),
         ("chat_template_kwargs", {"a": 1}, "an empty object"),
@@ -298,6 +295,32 @@ def test_parameters_reach_the_engine() -> None:
     assert (ignoring.stop_token_ids, ignoring.stop, ignoring.max_new_tokens) == (frozenset(), ("x",), None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"presence_penalty": 2.5}, "presence_penalty should be less than or equal to 2, got 2.5"),
+        ({"frequency_penalty": -3}, "frequency_penalty should be greater than or equal to -2, got -3"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens, got 5 and 4"),
+    ],
+)
+def test_rules_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError, match=message) as raised:
+        parse_chat(**changes)
+    assert raised.value.status == 400
+
+
+def test_bias_of_tokens_that_are_none() -> None:
+    tokenizer = Tokenizer(byte_tokenizer())
+    request = parse_completion(prompt="x", logit_bias={"258": -1, "259": 2})
+    with pytest.raises(ApiError, match="logit_bias must have token ids below 259, got 259"):
+        generation_request(request, tokenizer, (), SamplingDefaults())
+    request = parse_completion(prompt="x", logit_bias={"258": -1})
+    assert generation_request(request, tokenizer, (), SamplingDefaults()).rules == LogitRules(bias={258: -1.0})
+
+
 def test_hints_about_caching_change_nothing() -> None:
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
     sent = {"role": "assistant", "content": [part], "id": "msg_1", "reasoning_content": None, "reasoning": None}
@@ -316,8 +339,8 @@ def test_unknown_parameters_can_be_ignored() -> None:
     assert request.messages[0].content == USER[0]["content"]
     with pytest.raises(ApiError, match=r"unknown parameter (temprature|messages)"):
         parse(ChatRequest, body)
-    known = json.dumps({"messages": USER, "presence_penalty": 1}).encode()
-    with pytest.raises(ApiError, match="presence_penalty is not supported"):
+    known = json.dumps({"messages": USER, "verbosity": "low"}).encode()
+    with pytest.raises(ApiError, match="verbosity is not supported"):
         parse(ChatRequest, known, ignore_unknown=True)
 
 
@@ -335,8 +358,14 @@ def test_defaults_are_openai_s_or_the_checkpoint_s(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(
         '{"top_k": -1, "presence_penalty": 1.5, "min_p": 0.05, "num_beams": 1, "max_new_tokens": 2048}'
     )
-    assert SamplingDefaults.from_directory(tmp_path) == SamplingDefaults(top_k=0, min_p=0.05)
-    assert SamplingDefaults.ignored(tmp_path) == {"presence_penalty": 1.5, "max_new_tokens": 2048}
+    qwen3 = SamplingDefaults.from_directory(tmp_path)
+    assert qwen3 == SamplingDefaults(top_k=0, min_p=0.05, presence_penalty=1.5)
+    assert SamplingDefaults.ignored(tmp_path) == {"max_new_tokens": 2048}
+    assert qwen3.rules(parse_chat(), {}) == LogitRules(presence_penalty=1.5)
+    assert qwen3.rules(parse_chat(presence_penalty=0, min_tokens=3), {5: 1.0}) == LogitRules(0, 0, {5: 1.0}, 3)
+    (tmp_path / "generation_config.json").write_text('{"presence_penalty": 3}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: presence_penalty must be in \[-2, 2\], got 3"):
+        SamplingDefaults.from_directory(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be in \(0, 1\], got 7"):
         SamplingDefaults.from_directory(tmp_path)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
+from ..base.arguments import check_number
 from ..engine.sampling import Sampler
 from ..model.checkpoint import read_json
 from ..model.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from .requests import (
     Failed,
     Finished,
     GenerationRequest,
+    LogitRules,
     NewToken,
     QueueFullError,
     ShuttingDownError,
@@ -50,9 +52,8 @@ LOWEST_TEMPERATURE = 0.01
 """What smaller ones count as, except 0; vLLM's bound."""
 
 
+_PENALTIES = ("presence_penalty", "frequency_penalty")
 _IGNORED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
     "typical_p": (None, 1),
     "no_repeat_ngram_size": (None, 0),
     "num_beams": (None, 1),
@@ -70,6 +71,8 @@ class SamplingDefaults:
     top_k: int = 0
     repetition_penalty: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @classmethod
     def from_directory(cls, directory: Path | None) -> SamplingDefaults:
@@ -84,7 +87,10 @@ class SamplingDefaults:
         if given.get("top_k") == -1:  # as some checkpoints and vLLM say: all
             given["top_k"] = 0
         try:
-            Sampler(**given)
+            Sampler(**{name: value for name, value in given.items() if name not in _PENALTIES})
+            for name in _PENALTIES:
+                if not -2 <= check_number(name, given.get(name, 0.0)) <= 2:
+                    raise ValueError(f"{name} must be in [-2, 2], got {given[name]}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
         return cls(**given)
@@ -98,9 +104,7 @@ class SamplingDefaults:
 
     def sampler(self, parameters: ChatRequest | CompletionRequest) -> Sampler:
         """For one request."""
-        names = self.__dataclass_fields__
-        given = {name: getattr(parameters, name) for name in names if getattr(parameters, name) is not None}
-        chosen = replace(self, **given)
+        chosen = self._with(parameters)
         temperature = chosen.temperature and max(chosen.temperature, LOWEST_TEMPERATURE)
         return Sampler(
             temperature,
@@ -110,6 +114,15 @@ class SamplingDefaults:
             parameters.seed,
             chosen.min_p,
         )
+
+    def rules(self, parameters: ChatRequest | CompletionRequest, bias: Mapping[int, float]) -> LogitRules:
+        """For one request; ``bias`` by token id."""
+        chosen = self._with(parameters)
+        return LogitRules(chosen.presence_penalty, chosen.frequency_penalty, bias, parameters.min_tokens or 0)
+
+    def _with(self, parameters: ChatRequest | CompletionRequest) -> SamplingDefaults:
+        names = self.__dataclass_fields__
+        return replace(self, **{n: getattr(parameters, n) for n in names if getattr(parameters, n) is not None})
 
 
 def _template_message(message: Message) -> dict[str, Any]:
@@ -156,8 +169,14 @@ def generation_request(
         param = "messages" if isinstance(parameters, ChatRequest) else "prompt"
         raise ApiError(400, f"{param} must have at least one token", param=param, code="invalid_value")
     ends = frozenset(parameters.stop_token_ids or ()) | (frozenset() if parameters.ignore_eos else frozenset(eos))
+    bias = {int(token): value for token, value in (parameters.logit_bias or {}).items()}
+    known = tokenizer.backend.get_vocab_size()
+    if wrong := [token for token in bias if token >= known]:
+        text = f"logit_bias must have token ids below {known}, got {min(wrong)}"
+        raise ApiError(400, text, param="logit_bias", code="invalid_value")
     return GenerationRequest(
         prompt=prompt,
+        rules=defaults.rules(parameters, bias),
         max_new_tokens=parameters.max_new_tokens,
         sampler=defaults.sampler(parameters),
         stop=tuple(parameters.stop or ()),

@@ -37,9 +37,6 @@ _NOTHING_ELSE = {
     "best_of": "1",
     "echo": "false",
     "suffix": "null",
-    "logit_bias": "an empty object",
-    "presence_penalty": "0",
-    "frequency_penalty": "0",
     "tool_choice": "'none' or 'auto'",
     "functions": "null",
     "function_call": "null",
@@ -52,7 +49,6 @@ _NOTHING_ELSE = {
     "web_search_options": "null",
     "store": "false",
     "service_tier": "'auto' or 'default'",
-    "min_tokens": "0",
     "skip_special_tokens": "true",
     "include_stop_str_in_output": "false",
     "chat_template_kwargs": "an empty object",
@@ -142,7 +138,11 @@ _PART_SCHEMA = {
 WHOLE = BeforeValidator(_whole)
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
 StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
@@ -297,6 +297,12 @@ class Parameters(_Model):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = Field(default=None, description="0 or -1: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = Field(default=None, description="Added to logits, by token id.")
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = Field(
+        default=None, description="As long as the output has fewer, no token ends it."
+    )
     seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1), WHOLE] | None = None
     stop: StopStrings | None = None
     stop_token_ids: (
@@ -317,10 +323,6 @@ class Parameters(_Model):
 
     # Not implemented: only what changes nothing is accepted.
     n: One | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     skip_special_tokens: Yes | None = None
     include_stop_str_in_output: No | None = None
     prompt_logprobs: None = None
@@ -331,6 +333,11 @@ class Parameters(_Model):
             raise PydanticCustomError("needs_stream", "stream_options goes with stream = true only")
         if self.return_progress and not self.stream:
             raise PydanticCustomError("needs_stream", "return_progress goes with stream = true only")
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise PydanticCustomError(
+                "two_limits",
+                f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}",
+            )
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerationRequest",
+    "LogitRules",
     "NewToken",
     "Progress",
     "QueueFullError",
@@ -27,6 +28,25 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
+class LogitRules:
+    """What changes logits by the output so far, before :class:`~qwen_sparse.engine.sampling.Sampler` chooses."""
+
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the output has."""
+    frequency_penalty: float = 0.0
+    """Taken off for each time that the output has them."""
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """Added, by token id."""
+    min_tokens: int = 0
+    """As long as the output has fewer, tokens that would end it cannot come."""
+
+    @property
+    def count(self) -> bool:
+        """Whether they ask how often the output has a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One prompt to be continued."""
 
@@ -35,6 +55,7 @@ class GenerationRequest:
     max_new_tokens: int | None = None
     """Most tokens to generate; None: as many as the model's length leaves."""
     sampler: Sampler = field(default_factory=Sampler)
+    rules: LogitRules = field(default_factory=lambda: LogitRules())
     stop: tuple[str, ...] = ()
     """Strings that end the text and are cut off."""
     stop_token_ids: frozenset[int] | None = None

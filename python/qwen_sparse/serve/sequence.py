@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Callable
@@ -67,6 +68,8 @@ class Sequence:
         self._stopper = StopStrings(request.stop)
         self._draws: Tensor | None = None
         self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._bias: Tensor | None = None
         self._digests: list[bytes] = []
         self._arrived = time.monotonic()
         self._first_token: float | None = None
@@ -107,10 +110,29 @@ class Sequence:
             self._seen[0, self.ids(0, len(self.tokens))] = True
         seen = torch.empty(1, 0, dtype=torch.bool, device=device) if self._seen is None else self._seen
         draws = self._draws[self.num_new : self.num_new + 1].to(device)
-        token = sampler(logits[None], seen, draws)
+        token = sampler(self._ruled(logits)[None], seen, draws)
         if self._seen is not None:
             self._seen.scatter_(1, token.clamp(min=0)[:, None], True)
+        if self._counts is not None:
+            self._counts.index_add_(0, token.clamp(min=0), torch.ones(1, device=device))
         return token, None if self.request.logprobs is None else torch.log_softmax(logits, dim=-1)
+
+    def _ruled(self, logits: Tensor) -> Tensor:
+        """Logits by the request's rules, ``[vocab]``; nothing waits for the device."""
+        rules = self.request.rules
+        if rules.count:
+            if self._counts is None:
+                self._counts = torch.zeros_like(logits)
+            logits = logits - rules.frequency_penalty * self._counts - rules.presence_penalty * (self._counts > 0)
+        if rules.bias:
+            if self._bias is None:
+                self._bias = torch.zeros(logits.shape)
+                self._bias[list(rules.bias)] = torch.tensor(list(rules.bias.values()))
+                self._bias = self._bias.to(logits.device)
+            logits = logits + self._bias
+        if self.num_new < rules.min_tokens and self._ends:
+            logits = logits.index_fill(0, torch.tensor(sorted(self._ends), device=logits.device), -math.inf)
+        return logits
 
     def take(self, token: int, log_probs: Tensor | None) -> FinishReason | None:
         """Add a chosen token to the output.
