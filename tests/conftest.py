@@ -194,20 +194,29 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 GPU_KERNELS = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("ptxsim", marks=pytest.mark.ptxsim)]
-KERNELS = [*_C.cpu_features()["supported"], *GPU_KERNELS]
+SETS = _C.cpu_features()["supported"]
+KERNELS = [*(name for name in SETS if not name.startswith("amx")), *GPU_KERNELS]
+TILES = [name for name in SETS if name.startswith("amx")]
+"""Sets that add kernels for prefill attention and block groups to those of another set."""
 HOPPER = pytest.param("ptxsim_sm90", marks=pytest.mark.ptxsim)
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once with the kernels of each instruction set that this CPU has, on a GPU if there is one, and with
-    the CUDA kernels for Ampere in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors
+    """Runs the test once with the kernels of each instruction set that this CPU has (those of AMX apart: most of their
+    kernels are another set's), on a GPU if there is one, and with the CUDA kernels for Ampere in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors
     whichever runs.
     """
     yield from use_kernels(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[*KERNELS, HOPPER])
+@pytest.fixture(params=[*KERNELS, *TILES])
+def selection_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As ``kernels``, for what tiles have kernels of their own for."""
+    yield from use_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*KERNELS, *TILES, HOPPER])
 def prefill_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """As ``kernels``, for ops that have kernels of their own for Hopper."""
     yield from use_kernels(request.param, monkeypatch)

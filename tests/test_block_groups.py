@@ -166,12 +166,12 @@ def check_selection(q: Tensor, k: Tensor, thresholds: Tensor, **rotations: Any) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_selection(case: Case, dtype: torch.dtype, kernels: str) -> None:
+def test_selection(case: Case, dtype: torch.dtype, selection_kernels: str) -> None:
     q, k, _ = case.qkv(dtype)
     check_selection(q, k, case.thresholds(), **case.rotations(q))
 
 
-def test_forced_groups(kernels: str) -> None:
+def test_forced_groups(selection_kernels: str) -> None:
     """Two groups at the start, the own block and the one before, whatever the threshold; nothing after the block."""
     q, k, _ = random_qkv(256, 600, 1, 1, 64, torch.bfloat16)  # rows 344 to 599: blocks 5 to 9
     block_groups, kept = ops.select_block_groups(q, k, torch.full((1, 5), math.inf))
@@ -182,7 +182,7 @@ def test_forced_groups(kernels: str) -> None:
     assert (kept < 1).all()
 
 
-def test_threshold_zero_is_dense(kernels: str) -> None:
+def test_threshold_zero_is_dense(selection_kernels: str) -> None:
     q, k, _ = random_qkv(100, 600, 2, 1, 64, torch.bfloat16)
     block_groups, kept = ops.select_block_groups(q, k, torch.zeros(2, ops.row_blocks(100, 600)))
     mask = reference.block_group_mask(block_groups, 100, 600)
@@ -190,7 +190,7 @@ def test_threshold_zero_is_dense(kernels: str) -> None:
     torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-3, rtol=0)
 
 
-def test_a_planted_group_is_found(kernels: str) -> None:
+def test_a_planted_group_is_found(selection_kernels: str) -> None:
     """Sixteen keys that the rows of one block match, and no other block."""
     direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(0)), dim=0)
     q, k, _ = random_qkv(1024, 1024, 1, 1, 64, torch.bfloat16)
@@ -203,7 +203,7 @@ def test_a_planted_group_is_found(kernels: str) -> None:
     assert [block for block in range(16) if found[block] and block not in near] == [10]
 
 
-def test_nan_is_attended(kernels: str) -> None:
+def test_nan_is_attended(selection_kernels: str) -> None:
     """Shares that are not numbers: the block is dense, so that NaN goes where dense attention puts it."""
     q, k, _ = random_qkv(256, 256, 1, 1, 64, torch.bfloat16)
     q[130] = math.nan
@@ -213,7 +213,7 @@ def test_nan_is_attended(kernels: str) -> None:
     assert (block_groups[0, 3, 0] >> 2) & 0x3F == 0  # of the next block only what is forced
 
 
-def test_rows_do_not_depend_on_where_a_prompt_is_cut(kernels: str) -> None:
+def test_rows_do_not_depend_on_where_a_prompt_is_cut(selection_kernels: str) -> None:
     """Calls that begin at a block's first row choose what one call for all rows chooses."""
     q, k, _ = random_qkv(576, 576, 2, 1, 64, torch.bfloat16)
     thresholds = torch.full((2, 9), 1 / 576)
@@ -241,7 +241,7 @@ def test_selection_does_not_depend_on_threads() -> None:
     assert torch.equal(one[1], many[1])
 
 
-def test_no_rows(kernels: str) -> None:
+def test_no_rows(selection_kernels: str) -> None:
     q, k, v = random_qkv(0, 100, 2, 1, 64, torch.bfloat16)
     block_groups, kept = ops.select_block_groups(q, k, torch.empty(2, 0))
     assert block_groups.shape == (2, 0, 1)

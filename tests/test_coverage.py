@@ -44,7 +44,7 @@ def recall(q: torch.Tensor, k: torch.Tensor, groups: torch.Tensor) -> torch.Tens
     return (lse - full).exp()
 
 
-def test_selection_keeps_the_groups_that_hold_the_attention(kernels: str) -> None:
+def test_selection_keeps_the_groups_that_hold_the_attention(selection_kernels: str) -> None:
     """Every block looks for eight groups of its own; the rest of the keys holds little."""
     generator = torch.Generator().manual_seed(0)
     q, k, _ = random_qkv(1024, 1024, 2, 1, 64, torch.bfloat16)
@@ -61,7 +61,7 @@ def test_selection_keeps_the_groups_that_hold_the_attention(kernels: str) -> Non
     assert kept[:, 5:].mean() > 0.85
 
 
-def test_dual_chunk_rotations_are_used(kernels: str) -> None:
+def test_dual_chunk_rotations_are_used(selection_kernels: str) -> None:
     q, k, _ = random_qkv(300, 700, 2, 1, 64, torch.bfloat16)
     q = 8 * q  # so that pooled rows and keys of random numbers differ in what they attend
     rotations = {"q_succ": q.roll(32, 0), "q_inter": q.roll(64, 0), "chunk_len": 192}
