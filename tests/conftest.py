@@ -204,8 +204,8 @@ HOPPER = pytest.param("ptxsim_sm90", marks=pytest.mark.ptxsim)
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test once with the kernels of each instruction set that this CPU has (those of AMX apart: most of their
-    kernels are another set's), on a GPU if there is one, and with the CUDA kernels for Ampere in the simulator. Tests hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors
-    whichever runs.
+    kernels are another set's), on a GPU if there is one, and with the CUDA kernels for Ampere in the simulator. Tests
+    hand CPU tensors to ``qwen_sparse.ops`` and get CPU tensors whichever runs.
     """
     yield from use_kernels(request.param, monkeypatch)
 

@@ -20,6 +20,8 @@ HEADERS = {"Authorization": "Bearer key"}
 OPERATIONS = [
     ("POST", CHAT, 150),
     ("POST", COMPLETIONS, 150),
+    ("POST", "/tokenize", 60),
+    ("POST", "/detokenize", 60),
     ("GET", "/v1/models", 5),
     ("GET", "/v1/models/{model}", 50),
     ("GET", "/health", 5),
@@ -31,7 +33,8 @@ BEYOND_SCHEMAS = re.compile(
     "must have at least one token|content is required|tool_calls goes with the role|tools must be left out|"
     "must be a JSON object, as text|content must be a string or a list of text parts, got None|"
     "goes with (stream|logprobs) = true only|must be equal where both are given|"
-    "at most 159 tokens, one less than max_model_len|vocab_size = 264"
+    "at most 159 tokens, one less than max_model_len|vocab_size = 264|"
+    "must have either prompt or messages|logit_bias must have token ids below|min_tokens must be at most max_tokens"
 )
 """What a request that fits the document may be refused for."""
 

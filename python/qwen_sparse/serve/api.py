@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,13 +23,21 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from .errors import ApiError, ErrorResponse
-from .generation import ClientGoneError, Generation, SamplingDefaults, failure, generation_request, until_disconnect
+from .generation import (
+    ClientGoneError,
+    Generation,
+    SamplingDefaults,
+    chat_tokens,
+    failure,
+    generation_request,
+    until_disconnect,
+)
 from .limits import BODY, Body, BodyLimits, KeyCheck, LimitBodies, OriginCheck, check_json
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, parse
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from .records import RECORD, Record, RecordRequests, send_error, write_line
 from .requests import Failed, Finished, NewToken, Progress
-from .responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
+from .responses import ChatChunk, ChatCompletion, Completion, Detokenized, ModelCard, ModelList, Tokenized
 from .tools import ToolParser
 from .writing import ChatWriter, CompletionWriter, Writer
 
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "create_app"]
 
 T = TypeVar("T")
+P = TypeVar("P", TokenizeRequest, DetokenizeRequest)
 
 PREPARING_THREADS = 4
 """For parsing, chat templates and tokenising."""
@@ -102,6 +112,18 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         openapi_extra=_takes(CompletionRequest),
         summary="Continue a prompt",
     )
+    for path, route, kind, answer, summary in (
+        ("/tokenize", api.tokenize, TokenizeRequest, Tokenized, "Tokens of a text or a conversation"),
+        ("/detokenize", api.detokenize, DetokenizeRequest, Detokenized, "The text of tokens"),
+    ):
+        app.add_api_route(
+            path,
+            route,
+            methods=["POST"],
+            responses={**errors, 200: {"model": answer}},
+            openapi_extra=_takes(kind),
+            summary=summary,
+        )
     app.add_api_route(
         "/v1/models", api.models, methods=["GET"], responses=reading, response_model=ModelList, summary="Served names"
     )
@@ -147,6 +169,7 @@ def _middleware(engine: Engine, settings: Settings) -> list[Middleware]:
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
+                allow_private_network=True,  # of allowed origins: a browser asks before a page may reach this machine
             )
         )
     layers.append(Middleware(OriginCheck, allowed=settings.allowed_origins))
@@ -181,6 +204,43 @@ class _Api:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         return await self._generate(request, CompletionRequest, CompletionWriter, "prompt")
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        return await self._in_thread(lambda: self._tokenize(request.scope[BODY]))
+
+    def _tokenize(self, body: Body) -> Response:
+        parameters = self._parse(TokenizeRequest, body)
+        if parameters.prompt is not None:
+            tokens = self._tokenizer.encode(parameters.prompt)
+        else:
+            tools = [tool.model_dump(exclude_none=True) for tool in parameters.tools or ()]
+            open_turn = parameters.add_generation_prompt is not False
+            tokens = chat_tokens(self._tokenizer, parameters.messages or (), tools, open_turn=open_turn)
+        answer = Tokenized(count=len(tokens), max_model_len=self._engine.max_model_len, tokens=tokens)
+        if parameters.return_token_strs:
+            answer.token_strs = [self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        return await self._in_thread(lambda: self._detokenize(request.scope[BODY]))
+
+    def _detokenize(self, body: Body) -> Response:
+        parameters, vocab_size = self._parse(DetokenizeRequest, body), self._engine.model.config.vocab_size
+        if wrong := [token for token in parameters.tokens if token >= vocab_size]:
+            text = f"tokens must be in [0, vocab_size = {vocab_size}), got {wrong[0]}"
+            raise ApiError(400, text, param="tokens", code="invalid_value")
+        text = self._tokenizer.decode(parameters.tokens, skip_special_tokens=False)
+        return Response(Detokenized(prompt=text).model_dump_json(), media_type="application/json")
+
+    def _parse(self, kind: type[P], body: Body) -> P:
+        """A request without generation, whose body is let go."""
+        check_json(body.data, self._max_values)
+        parameters = parse(kind, body.data, ignore_unknown=self._ignore_unknown)
+        body.release()
+        self._check_name(parameters.model)
+        return parameters
 
     async def models(self) -> ModelList:
         """GET /v1/models."""
@@ -371,7 +431,7 @@ def _either(whole: type[ChatCompletion] | type[Completion]) -> dict[str, Any]:
     }
 
 
-def _takes(kind: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -382,7 +442,10 @@ def _document(app: FastAPI, *, keyed: bool) -> dict[str, Any]:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     _, extra = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation"), (ChatChunk, "serialization")],
+        [
+            *((kind, "validation") for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)),
+            (ChatChunk, "serialization"),
+        ],
         ref_template="#/components/schemas/{model}",
     )
     components = document.setdefault("components", {})

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ __all__ = [
     "ClientGoneError",
     "Generation",
     "SamplingDefaults",
+    "chat_tokens",
     "failure",
     "generation_request",
     "until_disconnect",
@@ -141,6 +142,33 @@ def _template_message(message: Message) -> dict[str, Any]:
     return rendered
 
 
+def chat_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, open_turn: bool = True
+) -> list[int]:
+    """Tokens of a conversation, as the chat template writes it.
+
+    Args:
+        tokenizer: with the template.
+        messages: the conversation.
+        tools: that the model may call.
+        open_turn: whether it ends with the opening of the assistant's turn.
+
+    Raises:
+        ApiError: 400; the template has no place for tools, or refuses the messages.
+    """
+    if tools and "tools" not in (tokenizer.chat_template or ""):
+        text = "tools must be left out: the model's chat template has no place for them"
+        raise ApiError(400, text, param="tools", code="unsupported_value")
+    variables: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    try:
+        text = tokenizer.apply_chat_template(
+            [_template_message(message) for message in messages], add_generation_prompt=open_turn, **variables
+        )
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+
+
 def generation_request(
     parameters: ChatRequest | CompletionRequest, tokenizer: Tokenizer, eos: tuple[int, ...], defaults: SamplingDefaults
 ) -> GenerationRequest:
@@ -150,19 +178,7 @@ def generation_request(
         ApiError: 400; the chat template refuses the messages, or there are no tokens.
     """
     if isinstance(parameters, ChatRequest):
-        messages, tools = [_template_message(message) for message in parameters.messages], parameters.offered_tools
-        if tools and "tools" not in (tokenizer.chat_template or ""):
-            raise ApiError(
-                400,
-                "tools must be left out: the model's chat template has no place for them",
-                param="tools",
-                code="unsupported_value",
-            )
-        try:
-            variables: dict[str, Any] = {"tools": tools} if tools else {}
-            prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, **variables))
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        prompt = chat_tokens(tokenizer, parameters.messages, parameters.offered_tools)
     else:
         prompt = tokenizer.encode(parameters.prompt) if isinstance(parameters.prompt, str) else parameters.prompt
     if not prompt:

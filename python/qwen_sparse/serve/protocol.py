@@ -26,7 +26,16 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import ApiError
 
-__all__ = ["MAX_LOGPROBS", "ChatRequest", "CompletionRequest", "Message", "Parameters", "parse"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "Message",
+    "Parameters",
+    "TokenizeRequest",
+    "parse",
+]
 
 MAX_LOGPROBS = 20
 _INT64 = 2**63
@@ -142,6 +151,14 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=1024),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": 1024,
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
 ]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
@@ -418,17 +435,41 @@ class CompletionRequest(Parameters):
         return self.logprobs
 
 
+class TokenizeRequest(_Model):
+    """The body of ``POST /tokenize``: a text, or a conversation as the chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_generation_prompt: bool | None = Field(default=None, description="True: end with the assistant's turn opened.")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of_two", "the body must have either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Model):
+    """The body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]]
+
+
 _FIELDS = {
     name
     for model in (
         *(ChatRequest, CompletionRequest, Message, StreamOptions, TextFormat),
-        *(Tool, Function, SentToolCall, CalledFunction),
+        *(Tool, Function, SentToolCall, CalledFunction, TokenizeRequest, DetokenizeRequest),
     )
     for name in model.model_fields
 }
 
 
-Request = TypeVar("Request", bound=Parameters)
+Request = TypeVar("Request", bound=_Model)
 
 
 def parse(model: type[Request], body: bytes | bytearray, *, ignore_unknown: bool = False) -> Request:
@@ -474,7 +515,7 @@ def _refusal(error: ErrorDetails) -> ApiError:
     return ApiError(400, f"{param} {rule}{got}".replace(" :", ":", 1), param=param, code=code)
 
 
-_OWN_RULES = ("needs_stream", "needs_logprobs", "two_limits")
+_OWN_RULES = ("needs_stream", "needs_logprobs", "two_limits", "one_of_two")
 
 
 def _quoted(value: object) -> str:

@@ -17,11 +17,13 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionLogprobs",
+    "Detokenized",
     "FunctionCall",
     "ModelCard",
     "ModelList",
     "PromptProgress",
     "TokenLogprob",
+    "Tokenized",
     "ToolCall",
     "ToolCallDelta",
     "TopLogprob",
@@ -194,6 +196,21 @@ class Completion(BaseModel):
     system_fingerprint: str
     usage: Usage | None = None
     prompt_progress: PromptProgress | None = None
+
+
+class Tokenized(BaseModel):
+    """Tokens of a text; the names are vLLM's."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = Field(default=None, description="Where return_token_strs asks for them.")
+
+
+class Detokenized(BaseModel):
+    """The text of tokens."""
+
+    prompt: str
 
 
 class ModelCard(BaseModel):
