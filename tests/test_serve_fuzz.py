@@ -34,7 +34,8 @@ BEYOND_SCHEMAS = re.compile(
     "must be a JSON object, as text|content must be a string or a list of text parts, got None|"
     "goes with (stream|logprobs) = true only|must be equal where both are given|"
     "at most 159 tokens, one less than max_model_len|vocab_size = 264|"
-    "must have either prompt or messages|logit_bias must have token ids below|min_tokens must be at most max_tokens"
+    "continue_final_message goes with|must have either prompt or messages|"
+    "logit_bias must have token ids below|min_tokens must be at most max_tokens"
 )
 """What a request that fits the document may be refused for."""
 

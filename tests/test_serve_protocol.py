@@ -94,7 +94,6 @@ def test_null_is_as_good_as_absent() -> None:
         ("service_tier", "flex", "'auto' or 'default'"),
         ("skip_special_tokens", False, "true"),
         ("include_stop_str_in_output", True, "false"),
-        ("chat_template_kwargs", {"a": 1}, "an empty object"),
         ("prompt_logprobs", 1, "null"),
     ],
 )
@@ -319,6 +318,45 @@ def test_bias_of_tokens_that_are_none() -> None:
         generation_request(request, tokenizer, (), SamplingDefaults())
     request = parse_completion(prompt="x", logit_bias={"258": -1})
     assert generation_request(request, tokenizer, (), SamplingDefaults()).rules == LogitRules(bias={258: -1.0})
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if not enable_thinking %}no{% endif %}{{ style }}{% endif %}"
+)
+
+
+def rendered(**parameters: Any) -> str:
+    tokenizer = Tokenizer(byte_tokenizer(), chat_template=TEMPLATE)
+    request = parse_chat(**parameters)
+    return tokenizer.decode(generation_request(request, tokenizer, (), SamplingDefaults()).prompt)
+
+
+def test_template_variables() -> None:
+    user = [{"role": "user", "content": "Hi"}]
+    assert rendered(messages=user) == "<user>Hi</><assistant>no"
+    assert rendered(messages=user, enable_thinking=True) == "<user>Hi</><assistant>"
+    variables = {"enable_thinking": True, "style": "!"}
+    assert rendered(messages=user, chat_template_kwargs=variables) == "<user>Hi</><assistant>!"
+    assert rendered(messages=user, chat_template_kwargs=variables, enable_thinking=False) == "<user>Hi</><assistant>no!"
+    assert rendered(messages=user, add_generation_prompt=False) == "<user>Hi</>"
+    for name in ("messages", "tools", "add_generation_prompt"):
+        with pytest.raises(ApiError, match=f"chat_template_kwargs must not have {name}"):
+            parse_chat(chat_template_kwargs={name: []})
+
+
+def test_going_on_with_the_last_message() -> None:
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi, I am "}]
+    assert rendered(messages=begun, continue_final_message=True) == "<user>Hi</><assistant>Hi, I am"
+    for messages in (begun[:1], [*begun[:1], {"role": "assistant", "content": " "}]):
+        with pytest.raises(ApiError, match=r"^continue_final_message goes with a last message of the assistant"):
+            parse_chat(messages=messages, continue_final_message=True)
+    with pytest.raises(ApiError, match="goes without add_generation_prompt = true"):
+        parse_chat(messages=begun, continue_final_message=True, add_generation_prompt=True)
+    upper = Tokenizer(byte_tokenizer(), chat_template="{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    request = parse_chat(messages=begun, continue_final_message=True)
+    with pytest.raises(ApiError, match="the chat template changes the last message's text"):
+        generation_request(request, upper, (), SamplingDefaults())
 
 
 def test_hints_about_caching_change_nothing() -> None:

@@ -143,7 +143,13 @@ def _template_message(message: Message) -> dict[str, Any]:
 
 
 def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, open_turn: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    open_turn: bool = True,
+    unclosed: bool = False,
 ) -> list[int]:
     """Tokens of a conversation, as the chat template writes it.
 
@@ -151,19 +157,29 @@ def chat_tokens(
         tokenizer: with the template.
         messages: the conversation.
         tools: that the model may call.
+        variables: more of the template's.
         open_turn: whether it ends with the opening of the assistant's turn.
+        unclosed: end with the text of the last message instead, for the model to go on with.
 
     Raises:
-        ApiError: 400; the template has no place for tools, or refuses the messages.
+        ApiError: 400; the template has no place for tools, refuses the messages or changes the text to go on with.
     """
     if tools and "tools" not in (tokenizer.chat_template or ""):
         text = "tools must be left out: the model's chat template has no place for them"
         raise ApiError(400, text, param="tools", code="unsupported_value")
-    variables: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    given: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
     try:
         text = tokenizer.apply_chat_template(
-            [_template_message(message) for message in messages], add_generation_prompt=open_turn, **variables
+            [_template_message(message) for message in messages],
+            add_generation_prompt=open_turn and not unclosed,
+            **given,
         )
+        if unclosed:
+            last = messages[-1].content.rstrip()
+            start = text.rfind(last)
+            if start < 0:
+                raise ValueError("continue_final_message: the chat template changes the last message's text")
+            text = text[: start + len(last)]
         return tokenizer.encode(text)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
@@ -178,7 +194,14 @@ def generation_request(
         ApiError: 400; the chat template refuses the messages, or there are no tokens.
     """
     if isinstance(parameters, ChatRequest):
-        prompt = chat_tokens(tokenizer, parameters.messages, parameters.offered_tools)
+        prompt = chat_tokens(
+            tokenizer,
+            parameters.messages,
+            parameters.offered_tools,
+            variables=parameters.template_variables,
+            open_turn=parameters.add_generation_prompt is not False,
+            unclosed=bool(parameters.continue_final_message),
+        )
     else:
         prompt = tokenizer.encode(parameters.prompt) if isinstance(parameters.prompt, str) else parameters.prompt
     if not prompt:

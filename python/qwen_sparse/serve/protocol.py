@@ -60,7 +60,6 @@ _NOTHING_ELSE = {
     "service_tier": "'auto' or 'default'",
     "skip_special_tokens": "true",
     "include_stop_str_in_output": "false",
-    "chat_template_kwargs": "an empty object",
     "prompt_logprobs": "null",
     "stream_options.include_obfuscation": "false",
     "stream_options.continuous_usage_stats": "false",
@@ -68,6 +67,8 @@ _NOTHING_ELSE = {
 """Parameters that are known and not implemented, and what may be given for them besides null."""
 
 
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+"""Variables of chat templates that are not for chat_template_kwargs."""
 _PART_HINTS = ("cache_control", "prompt_cache_breakpoint")
 """Keys of a part that ask for caching, which happens anyway."""
 
@@ -115,6 +116,14 @@ def _arguments(value: object) -> dict[str, Any]:
             raise PydanticCustomError("arguments", "must be a JSON object, as text") from None
     if not isinstance(value, dict):
         raise PydanticCustomError("arguments", "must be a JSON object, as text")
+    return value
+
+
+def _template_variables(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise PydanticCustomError("object_type", "must be an object")
+    if taken := sorted(value.keys() & _OWN_VARIABLES):
+        raise PydanticCustomError("own_variable", f"must not have {taken[0]}, which is a parameter of its own")
     return value
 
 
@@ -186,6 +195,11 @@ Content = Annotated[
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART_SCHEMA}, {"type": "null"}]}
     ),
+]
+TemplateVariables = Annotated[
+    dict[str, Any],
+    PlainValidator(_template_variables),
+    WithJsonSchema({"type": "object", "propertyNames": {"not": {"enum": sorted(_OWN_VARIABLES)}}}),
 ]
 Prompt = Annotated[
     Any,
@@ -382,10 +396,28 @@ class ChatRequest(Parameters):
     reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    chat_template_kwargs: TemplateVariables | None = Field(
+        default=None, description="More variables of the chat template."
+    )
+    enable_thinking: bool | None = Field(default=None, description="A variable of Qwen3's chat template.")
+    add_generation_prompt: bool | None = Field(default=None, description="False: do not open the assistant's turn.")
+    continue_final_message: bool | None = Field(
+        default=None, description="Go on with the last message, the assistant's, which is not closed."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
+        if self.continue_final_message:
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls or not last.content.strip():
+                raise PydanticCustomError(
+                    "continuation",
+                    "continue_final_message goes with a last message of the assistant that is text",
+                )
+            if self.add_generation_prompt:
+                raise PydanticCustomError(
+                    "continuation", "continue_final_message goes without add_generation_prompt = true only"
+                )
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("needs_logprobs", "top_logprobs goes with logprobs = true only")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -395,6 +427,12 @@ class ChatRequest(Parameters):
                 f"{self.max_completion_tokens}",
             )
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Of the chat template, besides messages and tools."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**(self.chat_template_kwargs or {}), **thinking}
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
@@ -515,7 +553,7 @@ def _refusal(error: ErrorDetails) -> ApiError:
     return ApiError(400, f"{param} {rule}{got}".replace(" :", ":", 1), param=param, code=code)
 
 
-_OWN_RULES = ("needs_stream", "needs_logprobs", "two_limits", "one_of_two")
+_OWN_RULES = ("continuation", "needs_stream", "needs_logprobs", "two_limits", "one_of_two")
 
 
 def _quoted(value: object) -> str:
