@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -22,6 +23,7 @@ from qwen_sparse import generate_text
 from qwen_sparse.cli import main
 from qwen_sparse.passkey import make_prompt
 from qwen_sparse.serve import command
+from qwen_sparse.serve.command import add_arguments, size
 from qwen_sparse.serve.server import bind
 from serving import CHAT, chat, eventually, passkey_model
 from serving.process import Process, serving_process
@@ -256,6 +258,40 @@ def test_what_is_no_origin(capsys: pytest.CaptureFixture[str], origin: str, rule
     error = fails(capsys, "--model", MODEL, "--port", "0", "--allowed-origin", origin)
     assert f"--allowed-origin {rule}" in error
     assert error.endswith(f"got {origin!r}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("131072", 131072),
+        ("8k", 8000),
+        ("8K", 8192),
+        ("1m", 10**6),
+        ("1M", 2**20),
+        ("1.5K", 1536),
+        ("8GB", 8 * 10**9),
+        ("8GiB", 8 * 2**30),
+        ("512MB", 512 * 10**6),
+        ("64kB", 64000),
+        ("-1", -1),
+    ],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert size(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "1.0001k", "8 K", "8T", "8kiB", "1e3", "0x10"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a (number such as|whole number)"):
+        size(text)
+
+
+def test_options_of_vllm() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    pasted = "--model x --gpu-memory-utilization 0.8 --enable-auto-tool-choice --tool-call-parser hermes"
+    args = parser.parse_args(f"{pasted} --max-model-len 128K --kv-cache-memory-bytes 2GB".split())
+    assert (args.memory_utilization, args.max_model_len, args.kv_cache_memory_bytes) == (0.8, 131072, 2 * 10**9)
 
 
 def test_names(tmp_path: Path) -> None:

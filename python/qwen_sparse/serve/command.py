@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 from ..base.resources import available_memory
@@ -19,7 +20,7 @@ from ..model.tokenizer import Tokenizer
 from ..options import add_load_options, load, prepare
 from .plan import EngineOptions, plan_pages
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "size"]
 
 API_KEY_VARIABLE = "QWEN_SPARSE_API_KEY"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -60,16 +61,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="answer requests whose parameters this server does not know as if those were not there",
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence, prompt and output")
-    engine.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="rows per prefill chunk")
+    engine.add_argument(
+        "--max-model-len", type=size, metavar="TOKENS", help="longest sequence, prompt and output: 131072, 128K or 1m"
+    )
+    engine.add_argument("--max-num-batched-tokens", type=size, metavar="TOKENS", help="rows per prefill chunk")
     engine.add_argument("--max-num-seqs", type=int, default=16, metavar="N", help="sequences at the same time (16)")
     engine.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
-    engine.add_argument("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
     engine.add_argument(
-        "--memory-utilization", type=float, default=0.9, metavar="SHARE", help="of available memory to use (0.9)"
+        "--kv-cache-memory-bytes", type=size, metavar="BYTES", help="size of the KV cache: 8000000000, 8GB or 8GiB"
+    )
+    engine.add_argument(
+        "--memory-utilization",
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of available memory to use (0.9)",
     )
     engine.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    engine.add_argument(
+        "--enable-auto-tool-choice", action="store_true", help="vLLM's switch for tools, which are always on here"
+    )
+    engine.add_argument(
+        "--tool-call-parser", choices=["hermes"], default="hermes", help="vLLM's name of how Qwen writes calls (hermes)"
+    )
     add_load_options(engine)
+
+
+def size(text: str) -> int:
+    """A number with a unit, by vLLM's rule: k, m and g are powers of 1000, K, M and G of 1024; of bytes, KB, MB and GB
+    are powers of 1000 and KiB, MiB and GiB of 1024.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else, or no whole number.
+    """
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(?:([kmg])|([KMG])|([kKMG])B|([KMG])iB)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number such as 131072, 128K, 1m, 8GB or 8GiB, got {text!r}")
+    number, thousands, binary, decimal_bytes, binary_bytes = match.groups()
+    base, unit = (1000, thousands or decimal_bytes) if thousands or decimal_bytes else (1024, binary or binary_bytes)
+    value = Fraction(number) * base ** (1 + "kmg".index(unit.lower()) if unit else 0)
+    if value.denominator != 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}, which is {float(value)}")
+    return int(value)
 
 
 def run(args: argparse.Namespace) -> int:
