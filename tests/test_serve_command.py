@@ -282,7 +282,7 @@ def test_sizes(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "k", "1.5", "1.0001k", "8 K", "8T", "8kiB", "1e3", "0x10"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a (number such as|whole number)"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be a (number such as|whole number)"):
         size(text)
 
 
