@@ -162,7 +162,7 @@ def test_calls_in_a_stream(client: openai.OpenAI, engine: ScriptedEngine) -> Non
     assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see."
     deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
     assert [delta.index for delta in deltas] == [0, 1]
-    assert all(delta.id for delta in deltas)
+    assert all(delta.id and delta.type == "function" for delta in deltas)
     calls = [(delta.function.name, delta.function.arguments) for delta in deltas if delta.function is not None]
     assert calls == [ZURICH, TIME]
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
@@ -176,6 +176,18 @@ def test_what_is_no_call_is_content(client: openai.OpenAI, engine: ScriptedEngin
         assert answer.choices[0].message.content == CALL
         assert answer.choices[0].finish_reason == "stop"
         assert "tools" not in asked(engine)
+
+
+def test_a_call_and_no_room_for_more(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    def act(request: Submitted) -> None:
+        request.say(CALL, '\n<tool_call>{"name": "ti')
+        request.finish("length", "", 2)
+
+    engine.on_submit = act
+    choice = client.chat.completions.create(model="passkey", messages=MESSAGES, tools=[WEATHER]).choices[0]
+    assert choice.finish_reason == "length"
+    assert [call.function.name for call in choice.message.tool_calls or ()] == ["weather"]
+    assert choice.message.content == '<tool_call>{"name": "ti'
 
 
 def test_only_one_call(client: openai.OpenAI, engine: ScriptedEngine) -> None:

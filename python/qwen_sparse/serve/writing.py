@@ -124,7 +124,7 @@ class ChatWriter(Writer):
             if isinstance(piece, str):
                 chunks.append(self._chunk(ChatDelta(content=piece)))
             else:
-                call = ToolCallDelta(index=self._written, id=piece.id, function=_function(piece))
+                call = ToolCallDelta(index=self._written, id=piece.id, type="function", function=_function(piece))
                 self._written += 1
                 chunks.append(self._chunk(ChatDelta(tool_calls=[call])))
         return chunks
@@ -177,7 +177,8 @@ class ChatWriter(Writer):
         return [*held_back, self._chunk(ChatDelta(), reason=self._chat_reason(event))]
 
     def _chat_reason(self, event: Finished) -> Reason:
-        return "tool_calls" if self.tools is not None and self.tools.calls else _reason(event)
+        reason = _reason(event)
+        return "tool_calls" if reason == "stop" and self.tools is not None and self.tools.calls else reason
 
     def _chunk(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: Reason | None = None) -> bytes:
         return self._dump([ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)])
