@@ -35,7 +35,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</to
 OTHER = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
 
 
-def parsed(pieces: list[str], **options: bool) -> tuple[str, list[tuple[str, str]]]:
+def parsed(pieces: list[str], **options: Any) -> tuple[str, list[tuple[str, str]]]:
     """All content, and all calls, of a text that comes in pieces."""
     parser = ToolParser(**options)
     found = [part for piece in pieces for part in parser.push(piece)] + parser.flush()
@@ -80,6 +80,44 @@ def test_text_is_split_into_content_and_calls(text: str, content: str, calls: li
     assert parsed(list(text)) == expected
     for cut in range(1, len(text)):
         assert parsed([text[:cut], text[cut:]]) == expected, cut
+
+
+BARE = '{"name": "weather", "arguments": {"city": "Zürich"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (BARE, "", [ZURICH]),
+        (f"\n{BARE}\n", "", [ZURICH]),
+        (f"```json\n{BARE}\n```", "", [ZURICH]),
+        (f"```\n{BARE}\n```\n", "", [ZURICH]),
+        ('{\n  "name": "weather",\n  "arguments": {"city": "Zürich"}\n}', "", [ZURICH]),
+        (CALL, "", [ZURICH]),
+        (f"{BARE} it is", f"{BARE} it is", []),
+        (BARE.replace("weather", "other"), BARE.replace("weather", "other"), []),
+        (BARE[:-3], BARE[:-3], []),
+        ('{"city": "Zürich"}', '{"city": "Zürich"}', []),
+        ("```python\nprint()\n```", "```python\nprint()\n```", []),
+        ("`", "`", []),
+        ("  ", "  ", []),
+        ("Hello", "Hello", []),
+    ],
+)
+def test_a_call_without_tags(text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    """Of an offered tool, and nothing else in the text."""
+    for pieces in ([text], list(text), *([text[:cut], text[cut:]] for cut in range(1, len(text)))):
+        assert parsed(pieces, names=["weather"]) == (content, calls)
+    assert parsed([BARE]) == (BARE, [])
+
+
+def test_what_is_not_a_call_is_shown_at_once() -> None:
+    parser = ToolParser(["weather"])
+    text = '{"names": 1}'
+    shown = ["".join(map(str, parser.push(letter))) for letter in text]
+    assert shown[:6] == [""] * 6
+    assert shown[6] == '{"names'
+    assert "".join(shown) + "".join(map(str, parser.flush())) == text
 
 
 def test_no_part_of_a_tag_is_shown() -> None:

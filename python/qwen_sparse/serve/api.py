@@ -290,8 +290,9 @@ class _Api:
                 record.stream = bool(parameters.stream)
                 name, usage = self._settings.served_names[0], parameters.include_usage
                 writer = writer_class(record.id, name, self._fingerprint, self._tokenizer, usage)
-                if isinstance(parameters, ChatRequest) and parameters.offered_tools:
-                    writer.tools = ToolParser(parallel=parameters.parallel_tool_calls is not False)
+                if isinstance(parameters, ChatRequest) and (tools := parameters.offered_tools):
+                    names = [tool["function"]["name"] for tool in tools]
+                    writer.tools = ToolParser(names, parallel=parameters.parallel_tool_calls is not False)
                 if record.stream:
                     progress = bool(parameters.return_progress)
                     return _EventStream(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 __all__ = ["ToolCallText", "ToolParser"]
@@ -28,13 +29,18 @@ class ToolParser:
     What could become a tag is held back until it cannot, so that no part of one is shown; a call is given out once it
     is whole. What stands between the tags and is no call stays content, tags included. White space around calls is not.
 
+    Qwen2.5-Coder writes a call without tags, as all of its answer. A text that is nothing but a call of an offered
+    tool, in a code block or not, is one; text that begins as such is held back until it goes on as something else.
+
     Args:
+        names: of the offered tools.
         parallel: whether there may be several calls; if not, those behind the first are dropped.
     """
 
-    def __init__(self, *, parallel: bool = True) -> None:
-        self._parallel = parallel
+    def __init__(self, names: Collection[str] = (), *, parallel: bool = True) -> None:
+        self._names, self._parallel = frozenset(names), parallel
         self._held = ""
+        self._bare = bool(self._names)  # whether all of the text so far may be the beginning of a call without tags
         self._inside = False
         self.calls = 0
         """Calls so far."""
@@ -43,6 +49,9 @@ class ToolParser:
         """What the text so far shows that it did not before: pieces of content, and calls, in order."""
         self._held += text
         found: list[str | ToolCallText] = []
+        self._bare = self._bare and _may_become_bare(self._held)
+        if self._bare:
+            return found
         while True:
             tag = _CLOSE if self._inside else _OPEN
             before, met, behind = self._held.partition(tag)
@@ -60,7 +69,11 @@ class ToolParser:
     def flush(self) -> list[str | ToolCallText]:
         """What is still held back, at the end of the text: a call that only lacks its closing tag is one."""
         found: list[str | ToolCallText] = []
-        self._add(found, self._held, closed=False)
+        if self._bare and (call := _bare_call(self._held)) is not None and call.name in self._names:
+            self.calls += 1
+            found.append(call)
+        else:
+            self._add(found, self._held, closed=False)
         self._held, self._inside = "", False
         return found
 
@@ -87,6 +100,31 @@ class ToolParser:
         tag = next((n for n in range(len(_OPEN) - 1, 0, -1) if self._held.endswith(_OPEN[:n])), 0)
         rest = self._held[: len(self._held) - tag]
         return tag + len(rest) - len(rest.rstrip())
+
+
+_FENCES = ("```json\n", "```\n", "")
+_BEGINNING = '{"name":'
+
+
+def _may_become_bare(text: str) -> bool:
+    """Whether a text can go on to be a call without tags."""
+    text = text.lstrip()
+    for fence in _FENCES:
+        body = "".join(text.removeprefix(fence).split()) if text.startswith(fence) else None
+        if body is None:
+            if fence.startswith(text):
+                return True
+        elif body.startswith(_BEGINNING) or _BEGINNING.startswith(body):
+            return True
+    return False
+
+
+def _bare_call(text: str) -> ToolCallText | None:
+    text = text.strip()
+    for fence in _FENCES:
+        if fence and text.startswith(fence) and text.endswith("```"):
+            text = text[len(fence) : -3]
+    return _call(text)
 
 
 def _call(text: str) -> ToolCallText | None:
