@@ -447,7 +447,7 @@ def test_command_line(write_checkpoint: WriteCheckpoint, tmp_path: Path, capsys:
     assert "V of pairs must be in [0, 2147483647], got 99999999999999999999" in capsys.readouterr().err
     text.write_text("")
     assert main([*command, "--file", str(text), "-o", str(tmp_path / "c.json")]) == 2
-    assert f"--file: {text} must have text, and has none" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"qwen-sparse calibrate: {text} is empty\n"
 
 
 def test_synthetic_prompts(write_checkpoint: WriteCheckpoint) -> None:

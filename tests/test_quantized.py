@@ -142,8 +142,9 @@ def test_command_line(write_checkpoint: WriteCheckpoint, capsys: pytest.CaptureF
     options = ["--model", str(path), "--prompt", "x", "--max-new-tokens", "1", "--no-progress"]
     assert main(["generate", *options, "--quantization", "int8"]) == 0
     capsys.readouterr()
-    assert main(["memory", "--model", str(path), "--context", "100", "--quantization", "int8"]) == 0
-    out = capsys.readouterr().out
-    assert "weights in int8, activations in float32" in out
+    memory = ["memory", "--model", str(path), "--context", "100", "--quantization", "int8"]
+    assert main(memory) == 0
+    assert "weights in int8, activations in float32" in capsys.readouterr().out
     config = load_config(path)
-    assert json.loads(out.splitlines()[-1])[0]["weights"] == weight_bytes(config, torch.float32, "int8")
+    assert main([*memory, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["weights"] == weight_bytes(config, torch.float32, "int8")
