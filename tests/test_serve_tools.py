@@ -68,6 +68,10 @@ ZURICH, TIME = ("weather", '{"city": "Zürich"}'), ("time", "{}")
             '<tool_call>{"name": "a", "arguments": [1]}</tool_call>',
             [],
         ),
+        *(
+            (f'<tool_call>{{"name": "a", "arguments": {{"x": {x}}}}}</tool_call>',) * 2 + ([],)
+            for x in ("NaN", "1e999", '"\\ud800"')
+        ),
         ('<tool_call>{"name": "weath', '<tool_call>{"name": "weath', []),
         ("a < b, <tool_cal", "a < b, <tool_cal", []),
         ("x <tool_<tool_call>{}</tool_call>", "x <tool_<tool_call>{}</tool_call>", []),
@@ -257,6 +261,14 @@ def call_of(**changes: Any) -> dict[str, Any]:
             {"messages": [{"role": "assistant", "tool_calls": [call_of(arguments="{")]}]},
             "messages[0].tool_calls[0].function.arguments",
             "must be a JSON object, as text",
+        ),
+        *(
+            (
+                {"messages": [{"role": "assistant", "tool_calls": [call_of(arguments=arguments)]}]},
+                "messages[0].tool_calls[0].function.arguments",
+                "must have finite numbers and whole characters",
+            )
+            for arguments in ('{"x": NaN}', '{"x": "\\ud800"}')
         ),
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": [call_of()]}]},

@@ -116,6 +116,10 @@ def _arguments(value: object) -> dict[str, Any]:
             raise PydanticCustomError("arguments", "must be a JSON object, as text") from None
     if not isinstance(value, dict):
         raise PydanticCustomError("arguments", "must be a JSON object, as text")
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise PydanticCustomError("arguments", "must have finite numbers and whole characters") from None
     return value
 
 

@@ -143,4 +143,9 @@ def _call(text: str) -> ToolCallText | None:
             return None
     if not isinstance(arguments, dict):
         return None
-    return ToolCallText(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:  # Python reads numbers that are none and halves of characters, and other readers of JSON do not
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (value["name"] + written).encode()
+    except ValueError:
+        return None
+    return ToolCallText(value["name"], written)
