@@ -31,7 +31,8 @@ NOTHING_TO_GET_WRONG = ("/health", "/metrics")
 
 BEYOND_SCHEMAS = re.compile(
     "must have at least one token|content is required|tool_calls goes with the role|tools must be left out|"
-    "must be a JSON object, as text|must have finite numbers and whole characters|content must be a string or a list of text parts, got None|"
+    "must be a JSON object, as text|must have finite numbers and whole characters|"
+    "content must be a string or a list of text parts, got None|"
     "goes with (stream|logprobs) = true only|must be equal where both are given|"
     "at most 159 tokens, one less than max_model_len|vocab_size = 264|"
     "continue_final_message goes with|must have either prompt or messages|"
