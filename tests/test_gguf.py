@@ -82,6 +82,8 @@ def write_experts(file: Path, **changed: str) -> dict[str, np.ndarray[Any, Any]]
     """A file of Qwen3-MoE's architecture, experts in Q8_0; returns the tensors that its numbers stand for."""
     library = pytest.importorskip("gguf")
     writer = library.GGUFWriter(file, changed.get("architecture", "qwen3moe"))
+    if "pieces" in changed:
+        writer.add_uint16("split.count", int(changed["pieces"]))
     writer.add_block_count(LAYERS)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -178,6 +180,9 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         load_model(file)
     write_experts(file, **{"blk.0.attn_norm.weight": "blk.0.attn_norm_2.weight"})
     with pytest.raises(ValueError, match=r"the GGUF file must have Qwen's tensors, got 'blk.0.attn_norm_2.weight'"):
+        load_model(file)
+    write_experts(file, pieces="3")
+    with pytest.raises(ValueError, match=r"model.gguf is one of 3 pieces: merge them first"):
         load_model(file)
     write_experts(file, tokenizer="llama")
     with pytest.raises(ValueError, match=r"tokenizer.ggml.model must be 'gpt2' \(byte-level BPE\), got 'llama'"):

@@ -303,6 +303,7 @@ def test_parameters_reach_the_engine() -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens, got 5 and 4"),
+        ({"min_tokens": 5, "max_completion_tokens": 4}, "min_tokens must be at most max_tokens, got 5 and 4"),
     ],
 )
 def test_rules_out_of_range(changes: dict[str, Any], message: str) -> None:

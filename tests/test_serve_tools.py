@@ -60,6 +60,12 @@ ZURICH, TIME = ("weather", '{"city": "Zürich"}'), ("time", "{}")
         (f"{CALL}\n{OTHER}\n", "", [ZURICH, TIME]),
         (f"{CALL} and {OTHER} done", " and done", [ZURICH, TIME]),
         (CALL.removesuffix("</tool_call>"), "", [ZURICH]),
+        (
+            r'<tool_call>{"name": "f", "arguments": {"s": "a \" </tool_call> <tool_call>"}}</tool_call>',
+            "",
+            [("f", r'{"s": "a \" </tool_call> <tool_call>"}')],
+        ),
+        ('<tool_call>{"name": "f</tool_call>', '<tool_call>{"name": "f</tool_call>', []),
         ('<tool_call>{"name": "time", "arguments": "{}"}</tool_call>', "", [TIME]),
         ("<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", []),
         ('<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),

@@ -8,7 +8,7 @@ checkpoint is in memory then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ _PARTS = {  # by method: what is stored under the name of a matrix in place of "
     ),
 }
 _OF_ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale", "input_zero_point", "input_global_scale")
-_DTYPES = {**FLOAT_DTYPES, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+_EIGHT_BITS = ("F8_E4M3", "I8")
 
 Read = Callable[[str], Tensor]
 """Reads a stored tensor by its name."""
@@ -126,7 +126,7 @@ class LogicalTensor:
     """Kind (``qweight``) to name; of one that is stored as it is, ``weight`` alone."""
     is_number: bool
     """Whether it can be read: floating-point, or quantised by the checkpoint's format."""
-    format: WeightFormat | None = field(default=None)
+    format: WeightFormat | None = None
     """None: stored as it is."""
 
     def read(self, read: Read) -> Tensor:
@@ -143,7 +143,7 @@ class LogicalTensor:
                 return _awq(parts, self.format)
             if self.format.method == "gptq":
                 return _gptq(parts, self.format)
-            return _scaled(parts, self.format, self.shape)
+            return _scaled(parts, self.format)
         except (RuntimeError, IndexError) as error:
             shapes = ", ".join(f"{self.parts[kind]} {list(part.shape)}" for kind, part in parts.items())
             raise ValueError(f"the parts of a matrix {list(self.shape)} do not fit each other: {shapes}") from error
@@ -164,7 +164,7 @@ def logical_tensors(stored: Mapping[str, StoredTensor], format: WeightFormat | N
         base, _, kind = name.rpartition(".")
         if kind in _OF_ACTIVATIONS:
             continue
-        quantised = kind in kinds and (kind != "weight" or header.dtype in ("F8_E4M3", "I8"))
+        quantised = kind in kinds and (kind != "weight" or header.dtype in _EIGHT_BITS)
         if quantised:
             matrices.setdefault(base, {})[kind] = name
         else:
@@ -181,12 +181,7 @@ def _plain(name: str, header: StoredTensor) -> LogicalTensor:
 def _quantised(parts: dict[str, str], stored: Mapping[str, StoredTensor], format: WeightFormat) -> LogicalTensor:
     """Its shape is known from headers; parts that are missing make it one that cannot be read."""
     file = stored[next(iter(parts.values()))].file
-    needed = {
-        "awq": ("qweight", "qzeros", "scales"),
-        "gptq": ("qweight", "qzeros", "scales"),
-        "fp8": ("weight",),
-        "compressed-tensors": (),
-    }[format.method]
+    needed = ("qweight", "qzeros", "scales") if format.method in ("awq", "gptq") else ()
     data = next((parts[kind] for kind in ("qweight", "weight_packed", "weight") if kind in parts), None)
     scale = any(kind in parts for kind in ("scales", "weight_scale", "weight_scale_inv"))
     if data is None or not scale or any(kind not in parts for kind in needed):
@@ -200,7 +195,7 @@ def _quantised(parts: dict[str, str], stored: Mapping[str, StoredTensor], format
     elif "weight_packed" in parts:
         shape = (shape[0], shape[1] * per_word)
     dtype = stored[data].dtype
-    return LogicalTensor(file, shape, dtype, parts, dtype in ("I32", "F8_E4M3", "I8"), format)
+    return LogicalTensor(file, shape, dtype, parts, dtype in ("I32", *_EIGHT_BITS), format)
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
@@ -236,7 +231,7 @@ def _gptq(parts: Mapping[str, Tensor], format: WeightFormat) -> Tensor:
     return result
 
 
-def _scaled(parts: Mapping[str, Tensor], format: WeightFormat, shape: tuple[int, ...]) -> Tensor:
+def _scaled(parts: Mapping[str, Tensor], format: WeightFormat) -> Tensor:
     """Numbers in 8 bits, or packed along the inputs with an offset, times scales by tensor, row, group or block."""
     zero = parts.get("weight_zero_point")
     if "weight_packed" in parts:

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.values import number
-
 __all__ = ["GgufFile", "GgufTensor", "is_gguf"]
 
 _ARCHITECTURES = {
@@ -101,6 +99,8 @@ class GgufFile:
             raise ValueError(
                 f"{path.name} must be a GGUF file of one of {', '.join(_ARCHITECTURES)}, got {self.architecture!r}"
             )
+        if "split.count" in self._reader.fields and (pieces := int(self["split.count"])) > 1:
+            raise ValueError(f"{path.name} is one of {pieces} pieces: merge them first (llama-gguf-split --merge)")
         self.num_layers = int(self._of_model("block_count"))
 
     @staticmethod
@@ -183,7 +183,7 @@ class GgufFile:
         if f"{self.architecture}.rope.scaling.type" in self._reader.fields:
             config["rope_scaling"] = {
                 "type": str(self._of_model("rope.scaling.type")),
-                "factor": number({"factor": float(self._of_model("rope.scaling.factor"))}, "factor", self.path.name),
+                "factor": float(self._of_model("rope.scaling.factor")),
                 "original_max_position_embeddings": int(self._of_model("rope.scaling.original_context_length")),
             }
         if kind.endswith("moe"):

@@ -6,7 +6,7 @@ import codecs
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,29 +68,27 @@ class Tokenizer:
         file, config_file, template_file = (
             path / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         )
-        header = GgufFile(path) if is_gguf(path) else None
-        if header is None and not file.is_file():
+        if is_gguf(path):
+            header = GgufFile(path)
+            backend = _parsed(path, tokenizers.Tokenizer.from_str, json.dumps(header.tokenizer()))
+            return cls._made(backend, header.tokenizer_config(), path)
+        if not file.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {path}")
-        try:
-            if header is None:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            else:
-                backend = tokenizers.Tokenizer.from_str(json.dumps(header.tokenizer()))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{file if header is None else path} is not a tokenizer: {error}") from error
-        if header is None:
-            config = read_json(config_file) if config_file.is_file() else {}
-        else:
-            config = header.tokenizer_config()
-        template = _default_template(config.get("chat_template"), config_file)
+        backend = _parsed(file, tokenizers.Tokenizer.from_file, str(file))
+        tokenizer = cls._made(backend, read_json(config_file) if config_file.is_file() else {}, config_file)
         if template_file.is_file():
-            template = read_text(template_file)
+            tokenizer.chat_template = read_text(template_file)
+        return tokenizer
+
+    @classmethod
+    def _made(cls, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> Tokenizer:
+        """With the chat template and the special tokens of tokenizer_config.json, which came from ``file``."""
         special = {
-            name: _special_token(name, value, config_file)
+            name: _special_token(name, value, file)
             for name, value in config.items()
             if name.endswith("_token") and isinstance(value, (str, Mapping))
         }
-        return cls(backend, chat_template=template, special_tokens=special)
+        return cls(backend, chat_template=_default_template(config.get("chat_template"), file), special_tokens=special)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: a compiled template cannot be pickled; it is compiled again when it is needed."""
@@ -254,6 +252,14 @@ class StreamDecoder:
     def _new_text(self) -> str:
         context = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._pending)[len(context) :]
+
+
+def _parsed(file: Path, parse: Callable[[str], tokenizers.Tokenizer], source: str) -> tokenizers.Tokenizer:
+    """The tokenizer that ``parse`` makes of ``source``, which is or came from ``file``."""
+    try:
+        return parse(source)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
 
 
 def _default_template(template: object, file: Path) -> str | None:

@@ -34,7 +34,7 @@ from .generation import (
 )
 from .limits import BODY, Body, BodyLimits, KeyCheck, LimitBodies, OriginCheck, check_json
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse, template_tools
 from .records import RECORD, Record, RecordRequests, send_error, write_line
 from .requests import Failed, Finished, NewToken, Progress
 from .responses import ChatChunk, ChatCompletion, Completion, Detokenized, ModelCard, ModelList, Tokenized
@@ -214,9 +214,9 @@ class _Api:
         if parameters.prompt is not None:
             tokens = self._tokenizer.encode(parameters.prompt)
         else:
-            tools = [tool.model_dump(exclude_none=True) for tool in parameters.tools or ()]
+            messages, tools = parameters.messages or (), template_tools(parameters.tools)
             open_turn = parameters.add_generation_prompt is not False
-            tokens = chat_tokens(self._tokenizer, parameters.messages or (), tools, open_turn=open_turn)
+            tokens = chat_tokens(self._tokenizer, messages, tools, open_turn=open_turn)
         answer = Tokenized(count=len(tokens), max_model_len=self._engine.max_model_len, tokens=tokens)
         if parameters.return_token_strs:
             answer.token_strs = [self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]

@@ -8,6 +8,7 @@ value that changes nothing, and unknown ones are refused. The exceptions are hin
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
@@ -35,6 +36,7 @@ __all__ = [
     "Parameters",
     "TokenizeRequest",
     "parse",
+    "template_tools",
 ]
 
 MAX_LOGPROBS = 20
@@ -258,6 +260,11 @@ class Tool(_Model):
     function: Function
 
 
+def template_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Tools as chat templates take them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools or ()]
+
+
 class CalledFunction(_Model):
     """What was called."""
 
@@ -368,12 +375,17 @@ class Parameters(_Model):
             raise PydanticCustomError("needs_stream", "stream_options goes with stream = true only")
         if self.return_progress and not self.stream:
             raise PydanticCustomError("needs_stream", "return_progress goes with stream = true only")
-        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        most = self.max_new_tokens
+        if self.min_tokens and most is not None and self.min_tokens > most:
             raise PydanticCustomError(
-                "two_limits",
-                f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}",
+                "two_limits", f"min_tokens must be at most max_tokens, got {self.min_tokens} and {most}"
             )
         return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """None: as many as the longest sequence leaves."""
+        return self.max_tokens
 
     @property
     def include_usage(self) -> bool:
@@ -441,9 +453,7 @@ class ChatRequest(Parameters):
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         """Tools that the model may call, as templates take them."""
-        if self.tool_choice == "none":
-            return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        return [] if self.tool_choice == "none" else template_tools(self.tools)
 
     @property
     def max_new_tokens(self) -> int | None:

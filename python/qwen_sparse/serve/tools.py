@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class ToolParser:
         self._names, self._parallel = frozenset(names), parallel
         self._held = ""
         self._bare = bool(self._names)  # whether all of the text so far may be the beginning of a call without tags
+        self._begun = False  # whether it surely begins as one
+        self._searched = 0  # characters of what is held in which no closing tag begins
         self._inside = False
         self.calls = 0
         """Calls so far."""
@@ -49,21 +52,27 @@ class ToolParser:
         """What the text so far shows that it did not before: pieces of content, and calls, in order."""
         self._held += text
         found: list[str | ToolCallText] = []
-        self._bare = self._bare and _may_become_bare(self._held)
+        if self._bare and not self._begun:
+            self._bare, self._begun = _may_become_bare(self._held)
         if self._bare:
             return found
         while True:
             tag = _CLOSE if self._inside else _OPEN
-            before, met, behind = self._held.partition(tag)
-            if not met:
+            at = self._held.find(tag, self._searched)
+            if at < 0:
+                self._searched = max(self._searched, len(self._held) - len(tag) + 1)
                 break
-            self._held = behind
+            before = self._held[:at]
+            if self._inside and _ends_in_a_string(before):  # an argument that spells the tag
+                self._searched = at + len(tag)
+                continue
+            self._held, self._searched = self._held[at + len(tag) :], 0
             self._add(found, before, closed=True)
             self._inside = not self._inside
         if not self._inside:
             cut = len(self._held) - self._held_back()
             self._add_content(found, self._held[:cut])
-            self._held = self._held[cut:]
+            self._held, self._searched = self._held[cut:], 0
         return found
 
     def flush(self) -> list[str | ToolCallText]:
@@ -106,17 +115,24 @@ _FENCES = ("```json\n", "```\n", "")
 _BEGINNING = '{"name":'
 
 
-def _may_become_bare(text: str) -> bool:
-    """Whether a text can go on to be a call without tags."""
+def _may_become_bare(text: str) -> tuple[bool, bool]:
+    """Whether a text can go on to be a call without tags, and whether it begins as one."""
     text = text.lstrip()
     for fence in _FENCES:
-        body = "".join(text.removeprefix(fence).split()) if text.startswith(fence) else None
-        if body is None:
-            if fence.startswith(text):
-                return True
-        elif body.startswith(_BEGINNING) or _BEGINNING.startswith(body):
-            return True
-    return False
+        if text.startswith(fence):
+            body = "".join(text.removeprefix(fence).split())
+            if body.startswith(_BEGINNING):
+                return True, True
+            if _BEGINNING.startswith(body):
+                return True, False
+        elif fence.startswith(text):
+            return True, False
+    return False, False
+
+
+def _ends_in_a_string(text: str) -> bool:
+    """Whether JSON that begins so is within a string."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
 
 
 def _bare_call(text: str) -> ToolCallText | None:
